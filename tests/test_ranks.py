@@ -1,0 +1,140 @@
+"""The same numbers on 1, 2 and 4 real processes that hold different rows."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import TINY
+
+import common
+import hsic
+
+MODES = [dict(kernel="imq", f=64), dict(kernel="imq", f=0), dict(kernel="gaussian", f=64), dict(kernel="linear")]
+
+
+def loss_and_gradients(dtype):
+    """For each mode: the loss and the gradient for this rank's rows, as DDP would average it."""
+    torch.manual_seed(0)
+    zs, world = torch.randn(3, 16, 12).to(dtype), common.world()
+    zs = (zs + 0.5 * zs.mean(0)).chunk(world, 1)[common.rank()].contiguous()
+    found = []
+    for mode in MODES:
+        mine = zs.clone().requires_grad_()
+        scales = [hsic.KernelScale(mode["kernel"], how).to(dtype) for how in ("adaptive", "adam")]
+        cs = [scale(mine, 0, step) for scale in scales for step in range(2)]
+        loss, terms = hsic.hsic_loss(mine, cs[0], **mode, seed=1, step=2)
+        loss.backward()
+        found.append((loss.detach(), mine.grad / world, torch.stack(cs), torch.stack(list(terms.values()))))
+    return found
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.float64, 1e-10)])
+def test_loss_gradient_and_scale_are_those_of_one_process(dtype, tolerance, on_ranks):
+    one = loss_and_gradients(dtype)
+    for world in (2, 4):
+        ranks = on_ranks(loss_and_gradients, world, dtype)
+        for i, (loss, grad, cs, terms) in enumerate(one):
+            assert all(abs(r[i][0] - loss) < tolerance for r in ranks), MODES[i]
+            assert all((r[i][2] - cs).abs().max() < 10 * tolerance for r in ranks), MODES[i]
+            assert all((r[i][3] - terms).abs().max() < 10 * tolerance for r in ranks), MODES[i]
+            got = torch.cat([r[i][1] for r in ranks], 1)
+            assert (got - grad).norm() < tolerance * max(1, grad.norm()), MODES[i]
+            assert (got - grad).norm() < 30 * tolerance * grad.norm(), MODES[i]
+
+
+def moved_numbers(n):
+    """Numbers moved by one step of the loss and its backward, on this rank."""
+    count, reduce, gather = [0, 0], dist.all_reduce, dist.all_gather_into_tensor
+    dist.all_reduce = lambda x, *a, **k: (count.__setitem__(0, count[0] + x.numel()), reduce(x, *a, **k))[1]
+    dist.all_gather_into_tensor = lambda o, x, **k: (count.__setitem__(0, count[0] + x.numel()), gather(o, x, **k))[1]
+    zs = torch.randn(2, n, 8, requires_grad=True)
+    loss = hsic.hsic_loss(zs, f=16)[0]
+    count[1] = count[0]
+    loss.backward()
+    return count
+
+
+def test_communication_does_not_grow_with_the_batch_and_backward_has_none(on_ranks):
+    small, large = (on_ranks(moved_numbers, 2, n)[0] for n in (4, 64))
+    assert small == large and small[0] == small[1]
+    assert small[0] <= 16 * 16 + 3 * 16 + 2  # f^2 + 3 f + 2
+
+
+def after_steps(steps, precision, folder):
+    """All parameters, online and target, the views' sum and the kernel scale after some whole steps of hsic.py."""
+    extra = ["--data", folder, "--recipe", "imagenet", "--optimizer", "lars", "--precision", precision, "--out", "unused",
+             "--scale", "adam", "--local-crops", "1", "--lr", "3"]  # fmt: skip
+    args = hsic.get_args([*TINY, *extra])
+    args.dim, args.hidden, args.batch_size, args.views = 8, 32, 16, "byol"
+    state, views = {}, []
+
+    def begin(self, evaluate, width, **parts):
+        self.data = common.load_small(self.data, self.device)
+        self.probe, self.state = None, parts
+        state.update(parts)
+
+    def run_steps(self):
+        batches = common.view_batches(self.data.train, self.args, self.device, 0, steps)
+        for step, (xs, y) in enumerate(batches):
+            views.append(torch.cat([x.flatten(1) for x in xs], 1))
+            yield step, [x.double() for x in xs] if precision == "fp64" else xs, y
+
+    old = common.Run.begin, common.Run.steps, common.Run.log
+    common.Run.begin, common.Run.steps, common.Run.log = begin, run_steps, lambda *a: None
+    try:
+        hsic.main(args)
+    finally:
+        common.Run.begin, common.Run.steps, common.Run.log = old
+    names = ("online", "target", "average", "scale")
+    tensors = [t.double().flatten() for name in names for t in (*state[name].parameters(), *state[name].buffers())]
+    return torch.cat(tensors), torch.stack(views)
+
+
+@pytest.mark.parametrize("steps, precision, tolerance", [(3, "fp32", 1e-4), (20, "fp64", 1e-8)])
+def test_whole_steps_are_those_of_one_process(steps, precision, tolerance, on_ranks, folder):
+    alone, views = after_steps(steps, precision, str(folder))
+    ranks = on_ranks(after_steps, 2, steps, precision, str(folder))
+    assert torch.allclose(torch.cat([v for _, v in ranks], 1), views, atol=1e-5)
+    assert not torch.equal(ranks[0][1], ranks[1][1])
+    for tensors, _ in ranks:
+        assert (tensors - alone).norm() / alone.norm() < tolerance
+    assert torch.equal(ranks[0][0], ranks[1][0])
+
+
+def batch_norm(train):
+    torch.manual_seed(0)
+    x = torch.randn(8, 4, 3, 3).double() * torch.arange(1, 9).view(8, 1, 1, 1)
+    net, weight = torch.nn.BatchNorm2d(4).double(), torch.randn(8, 4, 3, 3).double()
+    torch.nn.init.normal_(net.weight)
+    if common.world() > 1:
+        net.__class__ = common.SyncBatchNorm
+    net.train(train)
+    x, weight = (t.chunk(common.world())[common.rank()].clone() for t in (x, weight))
+    y = net(x.requires_grad_())
+    (y * weight).sum().backward()
+    return y.detach(), x.grad, net.running_mean, net.running_var, net.weight.grad
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_sync_batch_norm_is_batch_norm_of_all_rows(train, on_ranks):
+    alone, ranks = batch_norm(train), on_ranks(batch_norm, 2, train)
+    for i, want in enumerate(alone):
+        got = torch.cat([r[i] for r in ranks]) if i < 2 else sum(r[4] for r in ranks) if i == 4 else ranks[0][i]
+        assert torch.allclose(got, want, atol=1e-12), i
+    assert torch.equal(ranks[0][3], ranks[1][3])
+
+
+def knn_features(folder):
+    import argparse
+
+    data = common.load_small(common.list_folder(folder, folder / "none"), torch.device("cpu"))
+    args = argparse.Namespace(precision="fp32", size=16, workers=0)
+    torch.manual_seed(0)
+    net = common.resnet("resnet18")[0]
+    h, y = common.features(net, data.train, torch.arange(47), args, torch.device("cpu"))
+    return h, y, common.knn_accuracy(h[:30], y[:30], h[30:], y[30:], k=5)
+
+
+def test_features_from_uneven_shards_are_those_of_one_process(on_ranks, folder):
+    h, y, accuracy = knn_features(folder)
+    for mine, labels, knn in on_ranks(knn_features, 2, folder):
+        assert torch.allclose(mine, h, atol=1e-5) and torch.equal(labels, y) and knn == pytest.approx(accuracy)
