@@ -1,10 +1,10 @@
 """What no method varies: arguments, random numbers, views, data, networks, ranks, optimisers, the run directory.
 
-Read from the top as needed; a method file uses `Run` (set-up, batches, logging, checkpoints), `resnet`, `prepare` and
-`parallel` (the networks on their device and over ranks), `all_reduce` (statistics of the global batch), `optimizer_for`.
+A method file uses `Run` (set-up, batches, logging, checkpoints), `resnet`, `prepare` and `parallel` (networks on their
+device and over ranks), `all_reduce` and `all_gather` (statistics of the global batch), and `optimizer_for`.
 
-Every random choice is a pure function of (seed, epoch, image, view, choice), see `uniform`: no generator has a state to
-save, the number of workers does not matter, and the same global batch gets the same views on 1, 2 or 8 ranks.
+Every random choice is a pure function of (seed, epoch, image, view, choice), see `uniform`: there is no generator state
+to save, the number of workers does not matter, and one global batch gets the same views on 1, 2 or 8 ranks.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-# ---------------------------------------------------------------------------------------------------- arguments
+# ---------------------------------------------------------------------------------------- arguments
 
 
 def fail(message: str) -> NoReturn:
@@ -49,48 +49,44 @@ class Parser(argparse.ArgumentParser):
         fail(message)
 
 
-def number(kind: type, low: float, high: float, open_low: bool = False):
-    """An argparse type: a finite `kind` in [low, high], or (low, high] with open_low."""
+def number(kind: type, low: float, high: float = 1e9):
+    """An argparse type: a `kind` (int or float) in [low, high]."""
 
     def parse(text: str):
         try:
             value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"'{text}' is not {'an integer' if kind is int else 'a number'}") from None
-        if not low <= value <= high or (open_low and value == low):  # a NaN fails both
-            raise argparse.ArgumentTypeError(f"{text} is not in {'(' if open_low else '['}{low:g}, {high:g}]")
+            raise argparse.ArgumentTypeError(f"'{text}' is no {kind.__name__}") from None
+        if not low <= value <= high:  # a NaN fails both
+            raise argparse.ArgumentTypeError(f"{text} is not between {low:g} and {high:g}")
         return value
 
     return parse
 
 
-COUNT = number(int, 1, 10**9)
-POSITIVE = number(float, 0, 1e9, open_low=True)
-FRACTION = number(float, 0, 1)
-
-
 def parser_for(doc: str) -> Parser:
     """The flags every method has. Those without a default here take it from the recipe."""
     parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    # fmt: off
     add = parser.add_argument_group("data and run").add_argument
-    add("--data", help="folder with train/ and val/ (or test/) of class folders; folder of unlabelled images; cifar10, "
-        "cifar100 or stl10, with :/where/it/lies (default ./data); nothing: built-in drawings")
+    add("--data", help="folder with train/ and val/ (or test/) of class folders; folder of unlabelled images, any depth; "
+                       "cifar10, cifar100 or stl10, with :/where/it/lies (default ./data); left out: built-in drawings")
     add("--out", help="run directory; the same command again resumes (default: runs/SCRIPT-RECIPE)")
-    add("--recipe", help="published or tuned settings; any flag overrides one (default: imagenet for a folder, the data "
-        "set's own by name, demo without --data)")
-    add("--epochs", type=COUNT, help="passes over the data")
-    add("--batch-size", type=COUNT, help="images a step, N, over all ranks")
-    add("--seed", type=number(int, 0, 2**62), default=0, help="of initialisation, views and order")
+    add("--recipe", help="published or tuned settings, any flag overrides one (default: imagenet for a folder, the data "
+                         "set's own by name, demo without --data)")
+    add("--epochs", type=number(int, 1), help="passes over the data")
+    add("--batch-size", type=number(int, 2), help="N, images a step over all ranks")
+    add("--seed", type=number(int, 0, 2**62), default=0, help="of initialisation, order and views")
     add("--workers", type=number(int, 0, 1024), default=min(16, os.cpu_count() or 1), help="decoding processes a rank")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:N or cpu")
     add("--precision", choices=["bf16", "fp32", "fp64"], help="of the networks; losses are in float32 or better "
-        "(default: bf16 where the hardware has it, else fp32)")
+                                                              "(default: bf16 where the hardware has it, else fp32)")
     add("--compile", action="store_true", help="torch.compile the networks")
-    add("--micro-batch", type=number(int, 0, 10**9), default=0, help="rows encoded at a time; the loss stays that of the "
-        "whole batch, only BN statistics are per micro-batch (0: all, halved on one GPU that runs out of memory)")
-    add("--save-minutes", type=POSITIVE, default=15.0, help="between checkpoints, besides one an epoch")
-    add("--log-every", type=COUNT, default=50, help="steps")
-    add("--knn-every", type=number(int, 0, 10**9), default=1, help="epochs between kNN evaluations (0: first and last)")
+    add("--micro-batch", type=number(int, 0), default=0, help="rows encoded at a time; the loss stays that of the whole "
+        "batch, BN statistics are per micro-batch (0: all; halved by itself where one GPU's memory is short)")
+    add("--save-minutes", type=number(float, 1e-3), default=15.0, help="between checkpoints, besides one an epoch")
+    add("--log-every", type=number(int, 1), default=50, help="steps")
+    add("--knn-every", type=number(int, 0), default=1, help="epochs between kNN evaluations (0: first and last)")
     add = parser.add_argument_group("views").add_argument
     add("--views", choices=list(VIEWS), help="augmentation recipe")
     add("--size", type=number(int, 8, 1024), help="side of the two global views, pixels")
@@ -99,9 +95,10 @@ def parser_for(doc: str) -> Parser:
     add("--arch", help="a ResNet of torchvision.models, e.g. resnet18, resnet50, wide_resnet50_2")
     add("--stem", choices=["imagenet", "cifar"], help="cifar: first convolution 3x3, stride 1, no max-pooling")
     add("--optimizer", choices=["lars", "sgd", "adamw"])
-    add("--lr", type=number(float, 0, 1e6), help="peak learning rate, per 256 images unless the recipe says otherwise")
+    add("--lr", type=number(float, 0, 1e6), help="peak learning rate for 256 images, times batch-size / 256")
     add("--wd", type=number(float, 0, 1e3), help="weight decay, not of biases and norms")
-    add("--warmup", type=number(float, 0, 1e6), help="epochs of linear warm-up; then cosine to 0")
+    add("--warmup", type=number(float, 0), help="epochs of linear warm-up; then cosine to 0")
+    # fmt: on
     return parser
 
 
@@ -123,13 +120,13 @@ def parse(parser: Parser, recipes: dict, argv: list[str] | None) -> argparse.Nam
 
 
 def default_precision(device: str) -> str:
-    """bf16 where it is fast: GPUs that have it, CPUs with AVX-512. Elsewhere it is emulated, up to 50 times slower."""
+    """bf16 where it is fast: on GPUs that have it and CPUs with AVX-512. Elsewhere it is emulated, 10 to 50 times slower."""
     if device.startswith("cuda"):
         return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
     return "bf16" if torch.backends.cpu.get_cpu_capability() == "AVX512" else "fp32"
 
 
-# ------------------------------------------------------------------------------------------------ random numbers
+# ----------------------------------------------------------------------------------- random numbers
 
 GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # splitmix64's constants, as signed 64-bit integers
 MIX = (30, 0xBF58476D1CE4E5B9 - (1 << 64)), (27, 0x94D049BB133111EB - (1 << 64)), (31, 1)
@@ -156,7 +153,7 @@ def uniform(seed, epoch, index, k):
     return (bits.double() if isinstance(bits, Tensor) else bits) * 2.0**-53
 
 
-# --------------------------------------------------------------------------------------------------------- views
+# -------------------------------------------------------------------------------------------- views
 
 
 class View(NamedTuple):
@@ -182,13 +179,17 @@ VIEWS = {  # the two global views of each recipe; byol is vicreg's too
     "auh": (_AUH, _AUH),
     "cifar": (_CIFAR, _CIFAR),
 }
-LOCAL_SCALE, GLOBAL_SCALE = (0.05, 0.14), 0.14  # with local crops (SwAV): theirs, and the least of the global views
+LOCAL_SCALE, GLOBAL_SCALE = (
+    (0.05, 0.14),
+    0.14,
+)  # with local crops (SwAV): theirs, and the least of the global views
 SIGMA, BLUR_RADIUS = (0.1, 2.0), 8  # pixels; 4 of the largest sigma: a true Gaussian at every image size
 THRESHOLD = 128 / 255  # of solarisation
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 # Which uniform decides what; view v adds 64 v. The order of an epoch's images is choice -1.
-CROP, FLIP, JITTER, FACTORS, ORDER, GRAY, BLUR, BLUR_SIGMA, SOLARISE = range(40), 40, 41, range(42, 46), 46, 47, 48, 49, 50
+CROP, FACTORS = slice(0, 40), slice(42, 46)
+FLIP, JITTER, ORDER, GRAY, BLUR, BLUR_SIGMA, SOLARISE = 40, 41, 46, 47, 48, 49, 50
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 ORDERS = torch.tensor(list(itertools.permutations(range(4))))
 
@@ -198,7 +199,9 @@ def views_for(args: argparse.Namespace) -> list[View]:
     views = [view._replace(size=args.size) for view in VIEWS[args.views]]
     if args.local_crops:
         blur = 0.5 if any(view.blur for view in views) else 0.0
-        small = views[0]._replace(scale=LOCAL_SCALE, blur=blur, solarise=0.0, size=max(8, round(args.size * 96 / 224)))
+        small = views[0]._replace(
+            scale=LOCAL_SCALE, blur=blur, solarise=0.0, size=max(8, round(args.size * 96 / 224))
+        )
         views = [view._replace(scale=(max(view.scale[0], GLOBAL_SCALE), view.scale[1])) for view in views]
         views += [small] * args.local_crops
     return views
@@ -215,7 +218,7 @@ def crop_boxes(u: Tensor, height: Tensor, width: Tensor, scale: tuple[float, flo
     u (n, 40 or more): ten tries of (area, aspect ratio, top, left); the first that fits, or else the largest centred
     box with a ratio in [3/4, 4/3].
     """
-    area, ratio, y, x = u[:, CROP.start : CROP.stop].reshape(-1, 10, 4).unbind(2)
+    area, ratio, y, x = u[:, CROP].reshape(-1, 10, 4).unbind(2)
     H, W = height[:, None].double(), width[:, None].double()
     area = H * W * (scale[0] + area * (scale[1] - scale[0]))
     ratio = torch.exp(math.log(3 / 4) + ratio * math.log(16 / 9))
@@ -250,7 +253,10 @@ def resize_matrix(start: Tensor, length: Tensor, source: int, size: int) -> Tens
 def crop(images: Tensor, boxes: Tensor, size: int) -> Tensor:
     """Crop and resize of uint8 images (n, 3, H, W) on any device, as two matrix products: (n, 3, size, size) in [0, 1]."""
     top, left, h, w = boxes.to(images.device, non_blocking=True).unbind(1)
-    rows, columns = (resize_matrix(top, h, images.shape[2], size), resize_matrix(left, w, images.shape[3], size))
+    rows, columns = (
+        resize_matrix(top, h, images.shape[2], size),
+        resize_matrix(left, w, images.shape[3], size),
+    )
     return (rows[:, None] @ (images.float() / 255) @ columns[:, None].mT).clamp_(0, 1)
 
 
@@ -264,7 +270,9 @@ def shift_hue(x: Tensor, shift: Tensor) -> Tensor:
     value, brightest = x.max(1)
     chroma = value - x.amin(1)
     d = chroma.clamp(min=1e-12)
-    sector = torch.where(brightest == 0, (g - b) / d, torch.where(brightest == 1, (b - r) / d + 2, (r - g) / d + 4))
+    sector = torch.where(
+        brightest == 0, (g - b) / d, torch.where(brightest == 1, (b - r) / d + 2, (r - g) / d + 4)
+    )
     offset = torch.tensor([5.0, 3.0, 1.0], device=x.device).view(1, 3, 1, 1)
     k = ((sector + 6 * shift.view(-1, 1, 1))[:, None] + offset) % 6
     return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp_(0, 1)
@@ -291,7 +299,7 @@ def photometric(u: Tensor, view: View) -> dict[str, Tensor]:
     strength = torch.tensor(view.jitter, dtype=torch.double)
     identity = torch.tensor([1.0, 1.0, 1.0, 0.0], dtype=torch.double)
     low = torch.where(identity > 0, (1 - strength).clamp(min=0), -strength)
-    factor = low + u[:, FACTORS.start : FACTORS.stop] * (identity + strength - low)
+    factor = low + u[:, FACTORS] * (identity + strength - low)
     factor = torch.where(u[:, JITTER, None] < view.jitter_p, factor, identity)
     order = ORDERS[(u[:, ORDER] * len(ORDERS)).long()]
     return {
@@ -319,7 +327,9 @@ def jitter(x: Tensor, order: Tensor, factor: Tensor) -> Tensor:
         other = gray * column((kind == SATURATION) * (1 - f))
         other += gray.mean((1, 2, 3), keepdim=True) * column((kind == CONTRAST) * (1 - f))
         x = torch.addcmul(other, x, column(torch.where(kind == HUE, 1.0, f))).clamp_(0, 1)
-        rows = ((kind == HUE) & (f != 0)).nonzero()[:, 0]  # known on the CPU: the device need not be waited for
+        rows = ((kind == HUE) & (f != 0)).nonzero()[
+            :, 0
+        ]  # known on the CPU: the device need not be waited for
         if len(rows):
             at = rows.to(x.device, non_blocking=True)
             x[at] = shift_hue(x[at], f[rows].to(x.device, non_blocking=True))
@@ -364,12 +374,15 @@ def make_view(cut, u: Tensor, view: View, device: torch.device) -> Tensor:
     return out
 
 
-# ---------------------------------------------------------------------------------------------------------- data
+# --------------------------------------------------------------------------------------------- data
 
 NAMED_DATA = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100,
               "stl10": torchvision.datasets.STL10}  # fmt: skip
 SUFFIXES = (b".jpg", b".jpeg", b".png", b".webp", b".bmp", b".gif", b".ppm", b".tif", b".tiff")
-MEMORY_SIDE, MEMORY_BYTES = 128, 4 << 30  # images up to this side, and this many bytes in all, are kept decoded
+MEMORY_SIDE, MEMORY_BYTES = (
+    128,
+    4 << 30,
+)  # images up to this side, and this many bytes in all, are kept decoded
 MAX_UNREADABLE = 0.01
 
 
@@ -447,7 +460,9 @@ def _list_split(folder: Path, classes: list[str] | None) -> Files:
         names = [path[prefix:].partition(b"/")[0] for path in paths]
         unknown = sorted({os.fsdecode(name) for name in names if name not in number_of})
         if unknown:
-            fail(f"{folder} has {len(unknown)} entries that are no class folder of train/: {', '.join(unknown[:3])}")
+            fail(
+                f"{folder} has {len(unknown)} entries that are no class folder of train/: {', '.join(unknown[:3])}"
+            )
         labels = [number_of[name] for name in names]
     ends = torch.tensor([len(path) for path in paths]).cumsum(0)
     return Files(torch.frombuffer(bytearray(b"".join(paths)), dtype=torch.uint8), ends, torch.tensor(labels))
@@ -457,13 +472,19 @@ def list_folder(root: Path, cache: Path) -> Data:
     """`--data` as a folder. The listing is kept in the run directory: the order of images is part of a run."""
     if not root.is_dir():
         names = ", ".join(NAMED_DATA)
-        fail(f"--data {root}: there is no such folder, nor a data set of that name ({names}, each with :/where/it/lies)")
+        fail(
+            f"--data {root}: there is no such folder, nor a data set of that name ({names}, each with :/where/it/lies)"
+        )
     if cache.is_file():
         saved = torch.load(cache, weights_only=True)
-        return Data(Files(*saved["train"]), Files(*saved["test"]) if saved["test"] else None, saved["classes"])
+        return Data(
+            Files(*saved["train"]), Files(*saved["test"]) if saved["test"] else None, saved["classes"]
+        )
     train = root / "train" if (root / "train").is_dir() else root
     test = next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
-    folders = sorted(entry.name for entry in os.scandir(train) if entry.is_dir() and not entry.name.startswith("."))
+    folders = sorted(
+        entry.name for entry in os.scandir(train) if entry.is_dir() and not entry.name.startswith(".")
+    )
     if train == root or test is None or not folders:
         return Data(_list_split(train, None), None, [])
     return Data(_list_split(train, folders), _list_split(test, folders), folders)
@@ -507,7 +528,9 @@ def report_unreadable(files: Files, bad: list[int], seen: int) -> None:
         for i in bad[:10]:
             tqdm.write(f"unreadable, skipped: {files.path(i)!r}", file=sys.stderr)
     if len(bad) > MAX_UNREADABLE * seen:
-        fail(f"{len(bad)} of {seen} images seen cannot be read, more than 1 %, one is {files.path(bad[-1])!r}")
+        fail(
+            f"{len(bad)} of {seen} images seen cannot be read, more than 1 %, one is {files.path(bad[-1])!r}"
+        )
 
 
 def named_data(name: str, root: str) -> Data:
@@ -522,7 +545,9 @@ def named_data(name: str, root: str) -> Data:
         barrier()
         train, test = (kind(root, **split) for split in splits.values())
     except (OSError, RuntimeError) as error:
-        fail(f"{name} is not in {root} and cannot be downloaded ({error}): give its folder as --data {name}:/where/it/lies")
+        fail(
+            f"{name} is not in {root} and cannot be downloaded ({error}): give its folder as --data {name}:/where/it/lies"
+        )
 
     def pixels(data) -> Pixels:
         images = torch.as_tensor(data.data)
@@ -538,7 +563,9 @@ GLYPHS = {  # signed distances from the outline, in glyph radii, at (a, b) from 
     "square": lambda a, b: torch.maximum(a.abs(), b.abs()) - 0.85,
     "frame": lambda a, b: (torch.maximum(a.abs(), b.abs()) - 0.65).abs() - 0.2,
     "triangle": lambda a, b: torch.maximum(-b, 0.87 * a.abs() + 0.5 * b) - 0.5,
-    "plus": lambda a, b: torch.maximum(torch.minimum(a.abs(), b.abs()) - 0.25, torch.maximum(a.abs(), b.abs()) - 1),
+    "plus": lambda a, b: torch.maximum(
+        torch.minimum(a.abs(), b.abs()) - 0.25, torch.maximum(a.abs(), b.abs()) - 1
+    ),
     "ell": lambda a, b: torch.maximum(torch.maximum(a.abs(), b.abs()) - 0.9, torch.minimum(a, b) + 0.3),
     "bar": lambda a, b: torch.maximum(a.abs() - 1.1, b.abs() - 0.3),
     "crescent": lambda a, b: torch.maximum(a.hypot(b) - 1, 0.8 - (a - 0.5).hypot(b)),
@@ -553,7 +580,9 @@ def draw_glyphs(n: int, split: int) -> Pixels:
     labels = (uniform(0, split, index, -3) * len(GLYPHS)).long()
     y, x = axis[:, None], axis[None, :]
     u = uniform(0, split, index[:, None], torch.arange(69)).float().view(n, 69, 1, 1)
-    images = (u[:, 60:63] + (u[:, 63:66] - 0.5) * x + (u[:, 66:69] - 0.5) * y).clamp(0, 1)  # a gradient of colour
+    images = (u[:, 60:63] + (u[:, 63:66] - 0.5) * x + (u[:, 66:69] - 0.5) * y).clamp(
+        0, 1
+    )  # a gradient of colour
     for kind, distance in enumerate(GLYPHS.values()):
         rows = labels == kind
         mine, v = images[rows], u[rows]
@@ -579,15 +608,22 @@ def open_data(args: argparse.Namespace, out: Path) -> Data:
     else:
         data = list_folder(Path(args.data).resolve(), out / "files.pt")
         if rank() == 0 and not data.classes:
-            print("no train/ and val/ (or test/) of class folders: no linear probe and no kNN", file=sys.stderr)
+            print(
+                "no train/ and val/ (or test/) of class folders: no linear probe and no kNN", file=sys.stderr
+            )
     if len(data.train.labels) < args.batch_size:
-        fail(f"--batch-size {args.batch_size} is more than the {len(data.train.labels)} training images of {args.data}")
+        fail(
+            f"--batch-size {args.batch_size} is more than the {len(data.train.labels)} training images of {args.data}"
+        )
     return data
 
 
 def load_small(data: Data, device: torch.device) -> Data:
     splits = [to_memory(split) if isinstance(split, Files) else split for split in data[:2]]
-    splits = [Pixels(split.images.to(device), split.labels) if isinstance(split, Pixels) else split for split in splits]
+    splits = [
+        Pixels(split.images.to(device), split.labels) if isinstance(split, Pixels) else split
+        for split in splits
+    ]
     return Data(*splits, data.classes)
 
 
@@ -651,7 +687,9 @@ def _first(batch):
 
 
 def _quiet_worker(_: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle: it ends its workers
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C is the main process's to handle: it ends its workers
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
@@ -678,21 +716,29 @@ class _CentreBoxes(NamedTuple):
         return [centre_boxes(height, width, self.size)]
 
 
-def view_batches(split: Pixels | Files, args: argparse.Namespace, device: torch.device, start: int, stop: int):
+def view_batches(
+    split: Pixels | Files, args: argparse.Namespace, device: torch.device, start: int, stop: int
+):
     """Yields ([x1, x2, local crops...], y) for steps start .. stop - 1: views (n, 3, S, S) on device, y (n,) or -1."""
     views, boxes = views_for(args), _RandomBoxes(args.seed, views_for(args))
     batches = Batches(len(split.labels), args.batch_size, args.seed, start, stop)
     if isinstance(split, Pixels):
         H, W = (torch.full((args.batch_size // world(),), side) for side in split.images.shape[2:])
-        source = ((epoch, index, boxes(epoch, index, H, W), split.labels[index], []) for epoch, index in batches)
+        source = (
+            (epoch, index, boxes(epoch, index, H, W), split.labels[index], []) for epoch, index in batches
+        )
     else:
-        source = _file_loader(Crops(split, [view.size for view in views], boxes), batches, args.workers, device)
+        source = _file_loader(
+            Crops(split, [view.size for view in views], boxes), batches, args.workers, device
+        )
     unreadable, seen = set(), 0
     for epoch, index, cuts, labels, bad in source:
         seen += len(index)
         if new := sorted(set(bad) - unreadable):
             unreadable.update(new)
-            report_unreadable(split, new, max(seen, math.ceil(100 * len(new)) if len(unreadable) < 3 else seen))
+            report_unreadable(
+                split, new, max(seen, math.ceil(100 * len(new)) if len(unreadable) < 3 else seen)
+            )
         xs = []
         for v, view in enumerate(views):
             if isinstance(split, Pixels):
@@ -717,17 +763,22 @@ def centre_batches(split: Pixels | Files, index: Tensor, args: argparse.Namespac
     for chunk in chunks:
         images = split.images[chunk.to(split.images.device)]
         H, W = (torch.full((len(chunk),), side) for side in images.shape[2:])
-        yield normalise(crop(images, centre_boxes(H, W, args.size), args.size)), split.labels[chunk].to(device)
+        yield (
+            normalise(crop(images, centre_boxes(H, W, args.size), args.size)),
+            split.labels[chunk].to(device),
+        )
 
 
-# -------------------------------------------------------------------------------------------------------- networks
+# ----------------------------------------------------------------------------------------- networks
 
 
 def resnet(arch: str, stem: str | None = "imagenet", zero_init: bool = False) -> tuple[nn.Module, int]:
     """torchvision's ResNet without its classifier, and the number of its features."""
     builder = getattr(torchvision.models, arch, None) if "resne" in arch else None
     if not callable(builder):
-        fail(f"--arch {arch}: not a ResNet of torchvision.models, such as resnet18, resnet50 or wide_resnet50_2")
+        fail(
+            f"--arch {arch}: not a ResNet of torchvision.models, such as resnet18, resnet50 or wide_resnet50_2"
+        )
     net = builder(zero_init_residual=zero_init)
     features, net.fc = net.fc.in_features, nn.Identity()
     if stem == "cifar":
@@ -769,7 +820,9 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 def prepare(net: nn.Module, args: argparse.Namespace, device: torch.device) -> nn.Module:
     """To the device and precision, channels last, BN synchronised over ranks."""
-    net = net.to(device, torch.float64 if args.precision == "fp64" else None, memory_format=torch.channels_last)
+    net = net.to(
+        device, torch.float64 if args.precision == "fp64" else None, memory_format=torch.channels_last
+    )
     if world() > 1 and device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(net)
     for module in net.modules() if world() > 1 else ():
@@ -785,7 +838,9 @@ def parallel(net: nn.Module, args: argparse.Namespace, device: torch.device) -> 
     if world() == 1:
         return net
     ids = [device.index] if device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(net, ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return nn.parallel.DistributedDataParallel(
+        net, ids, broadcast_buffers=False, gradient_as_bucket_view=True
+    )
 
 
 @torch.no_grad()
@@ -801,7 +856,7 @@ def ema_update(average: nn.Module, net: nn.Module, momentum: float) -> None:
                 a.copy_(b)
 
 
-# ----------------------------------------------------------------------------------------------------------- ranks
+# -------------------------------------------------------------------------------------------- ranks
 
 
 def rank() -> int:
@@ -863,22 +918,28 @@ def start_ranks(args: argparse.Namespace) -> torch.device:
         fail(f"--device {args.device}: give cuda, cuda:N or cpu")
     count = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if device.index is None else device.index + 1
     if device.type == "cuda" and torch.cuda.device_count() < count:
-        fail(f"--device {args.device}: {count} CUDA devices needed, {torch.cuda.device_count()} here; try --device cpu")
+        fail(
+            f"--device {args.device}: {count} CUDA devices needed, {torch.cuda.device_count()} here; try --device cpu"
+        )
     if args.precision == "fp64" and device.type == "cuda":
         fail("--precision fp64 is for exactness tests on the CPU: add --device cpu")
     if args.batch_size % world():
         fail(f"--batch-size {args.batch_size} is not divisible by the {world()} ranks")
     if args.batch_size // world() < 2:
-        fail(f"--batch-size {args.batch_size} on {world()} ranks: batch normalisation needs 2 images or more a rank")
+        fail(
+            f"--batch-size {args.batch_size} on {world()} ranks: batch normalisation needs 2 images or more a rank"
+        )
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index)
+        device = torch.device(
+            "cuda", int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
+        )
         torch.cuda.set_device(device)
     if world() > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device
 
 
-# ------------------------------------------------------------------------------------------------------ optimisation
+# ------------------------------------------------------------------------------------- optimisation
 
 
 class LARS(torch.optim.Optimizer):
@@ -899,7 +960,10 @@ class LARS(torch.optim.Optimizer):
                 continue
             if group["adapt"]:
                 grads = torch._foreach_add(grads, params, alpha=group["weight_decay"])
-                p_norm, g_norm = torch.stack(torch._foreach_norm(params)), torch.stack(torch._foreach_norm(grads))
+                p_norm, g_norm = (
+                    torch.stack(torch._foreach_norm(params)),
+                    torch.stack(torch._foreach_norm(grads)),
+                )
                 ratio = torch.where((p_norm > 0) & (g_norm > 0), group["trust"] * p_norm / g_norm, 1.0)
                 torch._foreach_mul_(grads, list(ratio.unbind()))
             for p in params:
@@ -937,11 +1001,13 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> float:
     return lr
 
 
-# ---------------------------------------------------------------------------------------------------------- monitor
+# ------------------------------------------------------------------------------------------ monitor
 
 
 @torch.no_grad()
-def features(backbone: nn.Module, split: Pixels | Files, index: Tensor, args: argparse.Namespace, device: torch.device):
+def features(
+    backbone: nn.Module, split: Pixels | Files, index: Tensor, args: argparse.Namespace, device: torch.device
+):
     """Features (m, D), L2-normalised float32, and labels (m,) of images `index` of a split, from all ranks, on device."""
     pad = -len(index) % world()
     mine = torch.cat([index, index[:1].expand(pad)])[rank() :: world()]
@@ -953,11 +1019,15 @@ def features(backbone: nn.Module, split: Pixels | Files, index: Tensor, args: ar
         found.append((F.normalize(h.float(), dim=1), y))
     backbone.train()
     h, y = (torch.cat(t) for t in zip(*found, strict=True))
-    h, y = (all_gather(t).view(world(), len(mine), -1).transpose(0, 1).flatten(0, 1)[: len(index)] for t in (h, y))
+    h, y = (
+        all_gather(t).view(world(), len(mine), -1).transpose(0, 1).flatten(0, 1)[: len(index)] for t in (h, y)
+    )
     return h, y[:, 0]
 
 
-def knn_accuracy(bank: Tensor, bank_y: Tensor, h: Tensor, y: Tensor, k: int = 20, temperature: float = 0.07) -> float:
+def knn_accuracy(
+    bank: Tensor, bank_y: Tensor, h: Tensor, y: Tensor, k: int = 20, temperature: float = 0.07
+) -> float:
     """Share of queries h (m, D) whose cosine-weighted vote of k neighbours in bank (n, D) is right (Wu et al. 2018)."""
     right, classes = 0, int(max(bank_y.max(), y.max())) + 1
     for rows in torch.arange(len(h)).split(1024):
@@ -1009,7 +1079,7 @@ class Probe(nn.Module):
         return float(right)
 
 
-# -------------------------------------------------------------------------------------------------------------- run
+# ---------------------------------------------------------------------------------------------- run
 
 
 def autocast(args: argparse.Namespace, device: torch.device):
@@ -1053,7 +1123,9 @@ class Run:
             changed = [f"{key} {saved.get(key)} -> {now.get(key)}" for key in sorted(now.keys() | saved.keys() - self.FREE)
                        if saved.get(key) != json.loads(json.dumps(now.get(key)))]  # fmt: skip
             if changed:
-                fail(f"--out {self.out} holds a run with other arguments ({'; '.join(changed)}): choose another --out")
+                fail(
+                    f"--out {self.out} holds a run with other arguments ({'; '.join(changed)}): choose another --out"
+                )
         parent = next(folder for folder in (self.out, *self.out.absolute().parents) if folder.exists())
         if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
             fail(f"--out {self.out}: {parent} is not a folder that can be written")
@@ -1078,10 +1150,14 @@ class Run:
                     shutil.copy(source, self.out / source.name)
                 if isinstance(self.data.train, Files) and not (self.out / "files.pt").exists():
                     test = tuple(self.data.test) if isinstance(self.data.test, Files) else None
-                    self._save_torch("files.pt", dict(train=tuple(self.data.train), test=test, classes=self.data.classes))
+                    self._save_torch(
+                        "files.pt", dict(train=tuple(self.data.train), test=test, classes=self.data.classes)
+                    )
         except OSError as error:
             fail(f"--out {self.out} cannot be written: {error.strerror or error}")
-        self.votes = dist.new_group(backend="gloo") if world() > 1 else None  # signals: agreed without the GPU
+        self.votes = (
+            dist.new_group(backend="gloo") if world() > 1 else None
+        )  # signals: agreed without the GPU
         for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
             signal.signal(name, self._on_signal)
 
@@ -1126,7 +1202,9 @@ class Run:
             self._save_torch("checkpoint.pt", dict(step=self.step, world=world(), knn=self.knn, **state))
             self._save_torch("backbone.pth", self.backbone.state_dict())
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-            fail(f"cannot write the checkpoint of step {self.step} in {self.out} ({error}); the one before is kept")
+            fail(
+                f"cannot write the checkpoint of step {self.step} in {self.out} ({error}); the one before is kept"
+            )
 
     def _resume(self) -> None:
         """Loads the newest whole checkpoint: `torch.load` does not notice flipped bytes, the archive's CRCs do."""
@@ -1154,7 +1232,9 @@ class Run:
                 print(f"{sentence}: going on from the one before", file=sys.stderr)
             ranks = "" if saved["world"] == world() else f", saved on {saved['world']} ranks, now {world()}"
             print(f"{self.out}: resuming at step {self.step} of {self.total}{ranks}", file=sys.stderr)
-            lines = (self.out / "log.jsonl").read_text().splitlines() if (self.out / "log.jsonl").exists() else []
+            lines = (
+                (self.out / "log.jsonl").read_text().splitlines() if (self.out / "log.jsonl").exists() else []
+            )
             kept = [line for line in lines if _step_of(line) <= self.step]
             self._write("log.jsonl", "".join(line + "\n" for line in kept).encode())
 
@@ -1218,7 +1298,9 @@ class Run:
             buffers = [buffer.clone() for buffer in model.buffers()]
             model.zero_grad(set_to_none=True)
             try:
-                return self._backward(model, list(zip(*(x.tensor_split(parts) for x in xs), strict=True)), loss_of, buffers)
+                return self._backward(
+                    model, list(zip(*(x.tensor_split(parts) for x in xs), strict=True)), loss_of, buffers
+                )
             except torch.OutOfMemoryError as error:
                 size = math.ceil(n / parts)
                 if world() > 1 or size < 4:
@@ -1226,7 +1308,10 @@ class Run:
                          f"({error})")  # fmt: skip
                 self.micro = size // 2
             self._restore(model, buffers)
-            tqdm.write(f"out of memory at {size} rows a forward: going on with micro-batches of {self.micro}", file=sys.stderr)
+            tqdm.write(
+                f"out of memory at {size} rows a forward: going on with micro-batches of {self.micro}",
+                file=sys.stderr,
+            )
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 
@@ -1301,7 +1386,9 @@ class Run:
             event.synchronize()
         self.pending = None
         if not values.isfinite().all():
-            shown = ", ".join(f"{name} {value:g}" for name, value in zip(["loss", *names], values.tolist(), strict=True))
+            shown = ", ".join(
+                f"{name} {value:g}" for name, value in zip(["loss", *names], values.tolist(), strict=True)
+            )
             fail(f"step {step}: the loss is not finite ({shown}); the last checkpoint in {self.out} is kept")
 
     def record(self, record: dict) -> None:
@@ -1336,9 +1423,13 @@ class Run:
     def _summary(self) -> None:
         if rank() > 0:
             return
-        lines = [f"{self.script.name}: {self.total} steps done, {self.args.epochs} epochs of {len(self.data.train.labels)} images"]
+        lines = [
+            f"{self.script.name}: {self.total} steps done, {self.args.epochs} epochs of {len(self.data.train.labels)} images"
+        ]
         if self.knn:
-            lines.append(f"kNN accuracy {100 * self.knn[0][1]:.1f} % at initialisation, {100 * self.knn[-1][1]:.1f} % now")
+            lines.append(
+                f"kNN accuracy {100 * self.knn[0][1]:.1f} % at initialisation, {100 * self.knn[-1][1]:.1f} % now"
+            )
         lines += [f"in {self.out}: backbone.pth (torchvision's names), checkpoint.pt, log.jsonl, args.json",
                   f"next: tensorboard --logdir {self.out}",
                   f"      python {self.script.name} --data /path/to/images   (train/ and val/ of class folders, or any images)"]  # fmt: skip

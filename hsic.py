@@ -54,9 +54,9 @@ def random_features(z: Tensor, omega: Tensor, phase: Tensor, c=1.0) -> Tensor:
 def hsic_zy(phi: Tensor) -> Tensor:
     """HSIC(Z, Y) of features phi (M, n, f) of M views, over all ranks; official convention: pairs p = l are kept."""
     M, N = phi.shape[0], phi.shape[1] * common.world()
-    per_image = phi.sum(0)                                                       # (n, f)
+    per_image = phi.sum(0)  # (n, f)
     same = common.all_reduce(per_image.square().sum())
-    mean = common.all_reduce(per_image.sum(0)) / (N * M)                         # (f,)
+    mean = common.all_reduce(per_image.sum(0)) / (N * M)  # (f,)
     return same / (N * M * (M - 1)) - mean.square().sum()
 
 
@@ -67,7 +67,7 @@ def hsic_zz(phi: Tensor, psi: Tensor) -> Tensor:
     """
     N = phi.shape[0] * phi.shape[1] * common.world()
     means = common.all_reduce(torch.stack([phi.detach().sum((0, 1)), psi.detach().sum((0, 1))])) / N
-    phi, psi = (phi - means[0]).flatten(0, 1), (psi - means[1]).flatten(0, 1)    # (M n, f)
+    phi, psi = (phi - means[0]).flatten(0, 1), (psi - means[1]).flatten(0, 1)  # (M n, f)
     return common.all_reduce(phi.mT @ psi).square().sum() / N**2
 
 
@@ -78,12 +78,12 @@ def exact_hsic(zs: Tensor, kernel: str, c) -> tuple[Tensor, Tensor]:
     gradient: doubled below. The centring is constant: sum (HKH)^2 has the derivative 2 <HKH, dK>.
     """
     M, n, d = zs.shape
-    rows = zs.transpose(0, 1).flatten(0, 1)                                      # (n M, d), the views of an image together
-    K = kernel_of((2 - 2 * rows @ common.all_gather(rows).mT).clamp(min=0), kernel, c)                      # (n M, N M)
-    mean = common.all_gather(K.mean(1))                                          # (N M,)
+    rows = zs.transpose(0, 1).flatten(0, 1)  # (n M, d), the views of an image together
+    K = kernel_of((2 - 2 * rows @ common.all_gather(rows).mT).clamp(min=0), kernel, c)  # (n M, N M)
+    mean = common.all_gather(K.mean(1))  # (N M,)
     own = common.rank() * n * M
     centred = K - mean[own : own + n * M, None] - mean + mean.mean()
-    same = K[:, own : own + n * M].view(n, M, n, M).diagonal(dim1=0, dim2=2)     # (M, M, n)
+    same = K[:, own : own + n * M].view(n, M, n, M).diagonal(dim1=0, dim2=2)  # (M, M, n)
     same, every, square = common.all_reduce(torch.stack([same.sum(), K.sum(), centred.square().sum()]))
     NM = K.shape[1]
     zy, zz = same / (NM * (M - 1)) - every / NM**2, square / NM**2
@@ -95,14 +95,16 @@ def kernel_of(r2: Tensor, kernel: str, c) -> Tensor:
     return (1 + r2 / c**2).rsqrt() if kernel == "imq" else torch.exp(-r2 / (2 * c**2))
 
 
-def hsic_loss(zs: Tensor, c=1.0, gamma=3.0, kernel="imq", f=512, seed=0, step=0) -> tuple[Tensor, dict[str, Tensor]]:
+def hsic_loss(
+    zs: Tensor, c=1.0, gamma=3.0, kernel="imq", f=512, seed=0, step=0
+) -> tuple[Tensor, dict[str, Tensor]]:
     """L of embeddings zs (M, n, d), M >= 2, in float32 or better, and its terms. c: the kernel's scale, a constant here.
 
     f: random features a draw, or 0 for the exact kernel. The linear kernel is its own features, phi = psi = z.
     """
     zs = F.normalize(zs, dim=2)
     M, N = zs.shape[0], zs.shape[1] * common.world()
-    itself = torch.full((), 1 / (M - 1), device=zs.device)                       # pairs p = l: k(z, z) = 1
+    itself = torch.full((), 1 / (M - 1), device=zs.device)  # pairs p = l: k(z, z) = 1
     if kernel == "linear":
         zy, zz = hsic_zy(zs), hsic_zz(zs, zs)
     elif f == 0:
@@ -112,7 +114,7 @@ def hsic_loss(zs: Tensor, c=1.0, gamma=3.0, kernel="imq", f=512, seed=0, step=0)
         phi, psi = (random_features(zs, omega, phase, c) for omega, phase in draws)
         zy, zz = hsic_zy(phi), hsic_zz(phi, psi)
         itself = common.all_reduce(phi.detach().square().sum()) / (N * M * (M - 1))
-    root = (zz + 1e-14).sqrt()                               # finite gradient where all embeddings are equal
+    root = (zz + 1e-14).sqrt()  # finite gradient where all embeddings are equal
     loss = -zy + gamma * root
     return loss, dict(hsic_zy=zy.detach(), sqrt_hsic_zz=root.detach(), dependence=zy.detach() - itself)
 
@@ -159,7 +161,9 @@ class KernelScale(nn.Module):
         view, image = (draw * M * N).long() // N, (draw * M * N).long() % N
         mine = ((image >= first) & (image < first + n)).nonzero()[:, 0]
         rows = zs.new_zeros(2 * self.pairs, d)
-        rows[mine.to(zs.device)] = F.normalize(zs[view[mine].to(zs.device), (image[mine] - first).to(zs.device)], dim=1)
+        rows[mine.to(zs.device)] = F.normalize(
+            zs[view[mine].to(zs.device), (image[mine] - first).to(zs.device)], dim=1
+        )
         return torch.sub(*common.all_reduce(rows).chunk(2)).square().sum(1)
 
 
@@ -195,7 +199,11 @@ def get_args(argv=None):
     add("--target", action="store_true", help="a target network and a predictor: M = 4")
     add("--no-target", action="store_false", dest="target", help="online projections only: M = 2")
     add("--tau", type=common.FRACTION, default=0.99, help="first momentum of the target network; rises to 1")
-    add("--ema", type=common.number(float, 0, 0.999999), help="momentum of the weights that are evaluated (0: none)")
+    add(
+        "--ema",
+        type=common.number(float, 0, 0.999999),
+        help="momentum of the weights that are evaluated (0: none)",
+    )
     add("--hidden", type=common.COUNT, help="width of projector and predictor")
     add("--dim", type=common.number(int, 2, 10**6), help="d, dimension of the embedding")
     return common.parse(parser, RECIPES, argv)
@@ -241,10 +249,10 @@ def main(args):
     for step, xs, y in run.steps():
         lr = common.set_lr(optimizer, peak * common.warmup_cosine(step, warmup, run.total))
         with torch.no_grad(), common.autocast(args, run.device):
-            fixed = [target(x).float() for x in xs[:2]] if args.target else []   # (n, d) each
+            fixed = [target(x).float() for x in xs[:2]] if args.target else []  # (n, d) each
 
         def loss_of(zs, fixed=fixed, step=step):
-            zs = torch.cat([zs, *(z[None].to(zs.dtype) for z in fixed)])         # (M, n, d)
+            zs = torch.cat([zs, *(z[None].to(zs.dtype) for z in fixed)])  # (M, n, d)
             c = scale(zs, args.seed, step)
             loss, terms = hsic_loss(zs, c, args.gamma, args.kernel, args.features, args.seed, step)
             return loss, dict(terms, c=c)

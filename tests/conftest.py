@@ -23,7 +23,14 @@ TINY = ["--arch", "resnet18", "--stem", "imagenet", "--size", "16", "--batch-siz
 
 def script(name, *flags, cwd=ROOT, timeout=240, world=1, **popen):
     """Runs a script as a user would, in its own process; its result with the text of stdout and stderr."""
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node", str(world), "--master_port", str(free_port())]
+    launch = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        str(world),
+        "--master_port",
+        str(free_port()),
+    ]
     command = [sys.executable, *(launch if world > 1 else []), str(ROOT / name), *map(str, flags)]
     env = dict(os.environ, OMP_NUM_THREADS="1", **popen.pop("env", {}))
     return subprocess.run(command, cwd=cwd, timeout=timeout, capture_output=True, text=True, env=env, **popen)
@@ -99,8 +106,13 @@ def make_folder(root, count, size=(20, 24), splits=("train", "val"), classes=("a
         for c, name in enumerate(classes):
             (root / split / name).mkdir(parents=True, exist_ok=True)
             for i in range(count):
-                image = torch.rand(3, *size, generator=generator) * 0.5 + torch.linspace(0, 0.5, size[1]) * (c + 1) / 2
-                torchvision.io.write_jpeg((image.clamp(0, 1) * 255).byte(), str(root / split / name / f"{i:03}.jpg"))
+                image = (
+                    torch.rand(3, *size, generator=generator) * 0.5
+                    + torch.linspace(0, 0.5, size[1]) * (c + 1) / 2
+                )
+                torchvision.io.write_jpeg(
+                    (image.clamp(0, 1) * 255).byte(), str(root / split / name / f"{i:03}.jpg")
+                )
     return root
 
 

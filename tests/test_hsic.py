@@ -50,11 +50,17 @@ def test_estimators_equal_the_double_loop_over_gram_matrices():
     phi, psi = draw(0, 5, 3, 7)
     M, B, _ = phi.shape
     zy = sum(phi[p, i] @ phi[q, i] for i in range(B) for p in range(M) for q in range(M)) / (B * M * (M - 1))
-    zy = zy - sum(phi[p, i] @ phi[q, j] for i in range(B) for j in range(B) for p in range(M) for q in range(M)) / (B * M) ** 2
+    zy = (
+        zy
+        - sum(phi[p, i] @ phi[q, j] for i in range(B) for j in range(B) for p in range(M) for q in range(M))
+        / (B * M) ** 2
+    )
     K, L = (t.reshape(M * B, -1) @ t.reshape(M * B, -1).mT for t in (phi, psi))
     H = torch.eye(M * B).double() - 1 / (M * B)
     assert hsic.hsic_zy(phi).item() == pytest.approx(zy.item(), rel=1e-12)
-    assert hsic.hsic_zz(phi, psi).item() == pytest.approx((torch.trace(K @ H @ L @ H) / (M * B) ** 2).item(), rel=1e-12)
+    assert hsic.hsic_zz(phi, psi).item() == pytest.approx(
+        (torch.trace(K @ H @ L @ H) / (M * B) ** 2).item(), rel=1e-12
+    )
 
 
 @pytest.mark.parametrize("kernel", ["imq", "gaussian"])
@@ -67,7 +73,9 @@ def test_features_converge_to_the_exact_kernel_at_rate_one_over_root_f(kernel):
         phi = hsic.random_features(z, *hsic.sample_features(32, f, kernel, 0, 0, "cpu"), c)
         errors.append((phi @ phi.mT - K).square().mean().sqrt().item())
     assert errors[2] < 0.006
-    assert all(2.5 < a / b < 6.5 for a, b in zip(errors, errors[1:], strict=False)), errors  # 4 in expectation
+    assert all(2.5 < a / b < 6.5 for a, b in zip(errors, errors[1:], strict=False)), (
+        errors
+    )  # 4 in expectation
 
 
 def test_loss_with_many_features_is_the_loss_of_the_exact_kernel():
@@ -94,7 +102,9 @@ def test_draws_are_a_function_of_seed_and_step():
         assert not torch.equal(a[0], hsic.sample_features(8, 16, "imq", seed, step, "cpu")[0])
     omega, _ = hsic.sample_features(256, 20000, "imq", 0, 0, "cpu")
     amplitude = omega.norm(dim=0)  # the official table: mean 12.75, deviation 9.65 at d = 256
-    assert amplitude.mean() == pytest.approx(12.75, abs=0.25) and amplitude.std() == pytest.approx(9.65, abs=0.25)
+    assert amplitude.mean() == pytest.approx(12.75, abs=0.25) and amplitude.std() == pytest.approx(
+        9.65, abs=0.25
+    )
 
 
 def test_dependence_is_near_0_when_z_ignores_identity_and_largest_when_views_coincide():
@@ -104,7 +114,9 @@ def test_dependence_is_near_0_when_z_ignores_identity_and_largest_when_views_coi
                   for s in (0, 0.5, 0.9, 1)]  # fmt: skip
     assert abs(dependence[0]) < 0.005
     assert dependence[0] < dependence[1] < dependence[2] < dependence[3]
-    assert dependence[3] == pytest.approx(1 - 3**-0.5, abs=0.02)  # k of one point, 1, less that of orthogonal ones
+    assert dependence[3] == pytest.approx(
+        1 - 3**-0.5, abs=0.02
+    )  # k of one point, 1, less that of orthogonal ones
 
 
 @pytest.mark.parametrize("kernel, f", [("imq", 32), ("gaussian", 32), ("imq", 0), ("linear", 0)])
@@ -148,7 +160,9 @@ def test_small_temperature_hsic_is_infonce_to_second_order():
     for tau in (0.2, 0.1):
         k = tau / (1 + torch.cdist(a, b) ** 2).sqrt()
         infonce = -(k.diagonal() - k.exp().mean(1).log()).mean()
-        rest.append((-infonce - (k.diagonal().mean() - k.mean() - k.var(1, correction=0).mean() / 2)).abs().item())
+        rest.append(
+            (-infonce - (k.diagonal().mean() - k.mean() - k.var(1, correction=0).mean() / 2)).abs().item()
+        )
     assert 6 < rest[0] / rest[1] < 10
 
 
@@ -198,7 +212,10 @@ def test_loss_is_linear_in_the_number_of_rows():
 def train(loss_of, steps=120):
     """A short training of a small convolutional network on the built-in images: kernel of rank(z) before and after."""
     torch.manual_seed(0)
-    data, args = common.draw_glyphs(256, 0), hsic.get_args(["--batch-size", "128", "--size", "16", "--device", "cpu"])
+    data, args = (
+        common.draw_glyphs(256, 0),
+        hsic.get_args(["--batch-size", "128", "--size", "16", "--device", "cpu"]),
+    )
     net = torch.nn.Sequential(
         torch.nn.Conv2d(3, 32, 5, 2), torch.nn.BatchNorm2d(32), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(2),
         torch.nn.Flatten(), torch.nn.Linear(128, 64), torch.nn.BatchNorm1d(64), torch.nn.ReLU(), torch.nn.Linear(64, 32),

@@ -8,7 +8,12 @@ from conftest import TINY
 import common
 import hsic
 
-MODES = [dict(kernel="imq", f=64), dict(kernel="imq", f=0), dict(kernel="gaussian", f=64), dict(kernel="linear")]
+MODES = [
+    dict(kernel="imq", f=64),
+    dict(kernel="imq", f=0),
+    dict(kernel="gaussian", f=64),
+    dict(kernel="linear"),
+]
 
 
 def loss_and_gradients(dtype):
@@ -45,7 +50,10 @@ def moved_numbers(n):
     """Numbers moved by one step of the loss and its backward, on this rank."""
     count, reduce, gather = [0, 0], dist.all_reduce, dist.all_gather_into_tensor
     dist.all_reduce = lambda x, *a, **k: (count.__setitem__(0, count[0] + x.numel()), reduce(x, *a, **k))[1]
-    dist.all_gather_into_tensor = lambda o, x, **k: (count.__setitem__(0, count[0] + x.numel()), gather(o, x, **k))[1]
+    dist.all_gather_into_tensor = lambda o, x, **k: (
+        count.__setitem__(0, count[0] + x.numel()),
+        gather(o, x, **k),
+    )[1]
     zs = torch.randn(2, n, 8, requires_grad=True)
     loss = hsic.hsic_loss(zs, f=16)[0]
     count[1] = count[0]
@@ -85,7 +93,9 @@ def after_steps(steps, precision, folder):
     finally:
         common.Run.begin, common.Run.steps, common.Run.log = old
     names = ("online", "target", "average", "scale")
-    tensors = [t.double().flatten() for name in names for t in (*state[name].parameters(), *state[name].buffers())]
+    tensors = [
+        t.double().flatten() for name in names for t in (*state[name].parameters(), *state[name].buffers())
+    ]
     return torch.cat(tensors), torch.stack(views)
 
 
@@ -118,7 +128,9 @@ def batch_norm(train):
 def test_sync_batch_norm_is_batch_norm_of_all_rows(train, on_ranks):
     alone, ranks = batch_norm(train), on_ranks(batch_norm, 2, train)
     for i, want in enumerate(alone):
-        got = torch.cat([r[i] for r in ranks]) if i < 2 else sum(r[4] for r in ranks) if i == 4 else ranks[0][i]
+        got = (
+            torch.cat([r[i] for r in ranks]) if i < 2 else sum(r[4] for r in ranks) if i == 4 else ranks[0][i]
+        )
         assert torch.allclose(got, want, atol=1e-12), i
     assert torch.equal(ranks[0][3], ranks[1][3])
 
@@ -137,4 +149,6 @@ def knn_features(folder):
 def test_features_from_uneven_shards_are_those_of_one_process(on_ranks, folder):
     h, y, accuracy = knn_features(folder)
     for mine, labels, knn in on_ranks(knn_features, 2, folder):
-        assert torch.allclose(mine, h, atol=1e-5) and torch.equal(labels, y) and knn == pytest.approx(accuracy)
+        assert (
+            torch.allclose(mine, h, atol=1e-5) and torch.equal(labels, y) and knn == pytest.approx(accuracy)
+        )
