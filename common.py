@@ -1,10 +1,13 @@
-"""What no method varies: arguments, random numbers, views, data, networks, ranks, optimisers, the run directory.
+"""What no method varies: arguments, random numbers, views, data, networks, ranks, optimisers, the run
+directory.
 
-A method file uses `Run` (set-up, batches, logging, checkpoints), `resnet`, `prepare` and `parallel` (networks on their
-device and over ranks), `all_reduce` and `all_gather` (statistics of the global batch), and `optimizer_for`.
+A method file uses `Run` (set-up, batches, logging, checkpoints), `resnet`, `prepare` and `parallel` (networks
+on their device and over ranks), `all_reduce` and `all_gather` (statistics of the global batch), and
+`optimizer_for`.
 
-Every random choice is a pure function of (seed, epoch, image, view, choice), see `uniform`: there is no generator state
-to save, the number of workers does not matter, and one global batch gets the same views on 1, 2 or 8 ranks.
+Every random choice is a pure function of (seed, epoch, image, view, choice), see `uniform`: there is no
+generator state to save, the number of workers does not matter, and one global batch gets the same views on 1,
+2 or 8 ranks.
 """
 
 import argparse
@@ -69,31 +72,31 @@ def parser_for(doc: str) -> Parser:
     parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     # fmt: off
     add = parser.add_argument_group("data and run").add_argument
-    add("--data", help="folder with train/ and val/ (or test/) of class folders; folder of unlabelled images, any depth; "
-                       "cifar10, cifar100 or stl10, with :/where/it/lies (default ./data); left out: built-in drawings")
+    add("--data", help="folder with train/ and val/ (or test/) of class folders; any folder of images; "
+        "cifar10, cifar100 or stl10, with :/where/it/lies (default ./data); left out: built-in drawings")
     add("--out", help="run directory; the same command again resumes (default: runs/SCRIPT-RECIPE)")
-    add("--recipe", help="published or tuned settings, any flag overrides one (default: imagenet for a folder, the data "
-                         "set's own by name, demo without --data)")
+    add("--recipe", help="published or tuned settings, any flag overrides one (default: imagenet for a "
+        "folder, the data set's own by name, demo without --data)")
     add("--epochs", type=number(int, 1), help="passes over the data")
     add("--batch-size", type=number(int, 2), help="N, images a step over all ranks")
     add("--seed", type=number(int, 0, 2**62), default=0, help="of initialisation, order and views")
-    add("--workers", type=number(int, 0, 1024), default=min(16, os.cpu_count() or 1), help="decoding processes a rank")
+    add("--workers", type=number(int, 0, 1024), default=min(16, os.cpu_count()), help="a rank, to decode")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:N or cpu")
-    add("--precision", choices=["bf16", "fp32", "fp64"], help="of the networks; losses are in float32 or better "
-                                                              "(default: bf16 where the hardware has it, else fp32)")
+    add("--precision", choices=["bf16", "fp32", "fp64"], help="of the networks; losses are in float32 or "
+        "better (default: bf16 where the hardware has it, else fp32)")
     add("--compile", action="store_true", help="torch.compile the networks")
-    add("--micro-batch", type=number(int, 0), default=0, help="rows encoded at a time; the loss stays that of the whole "
-        "batch, BN statistics are per micro-batch (0: all; halved by itself where one GPU's memory is short)")
-    add("--save-minutes", type=number(float, 1e-3), default=15.0, help="between checkpoints, besides one an epoch")
+    add("--micro-batch", type=number(int, 0), default=0, help="rows encoded at a time; the loss stays that of "
+        "the whole batch, BN statistics are per micro-batch (0: all; halved where one GPU's memory is short)")
+    add("--save-minutes", type=number(float, 1e-3), default=15.0, help="between checkpoints; one an epoch too")
     add("--log-every", type=number(int, 1), default=50, help="steps")
-    add("--knn-every", type=number(int, 0), default=1, help="epochs between kNN evaluations (0: first and last)")
+    add("--knn-every", type=number(int, 0), default=1, help="epochs between kNN tests (0: first and last)")
     add = parser.add_argument_group("views").add_argument
     add("--views", choices=list(VIEWS), help="augmentation recipe")
     add("--size", type=number(int, 8, 1024), help="side of the two global views, pixels")
     add("--local-crops", type=number(int, 0, 64), default=0, help="more, small views (96 pixels at size 224)")
     add = parser.add_argument_group("network and optimiser").add_argument
     add("--arch", help="a ResNet of torchvision.models, e.g. resnet18, resnet50, wide_resnet50_2")
-    add("--stem", choices=["imagenet", "cifar"], help="cifar: first convolution 3x3, stride 1, no max-pooling")
+    add("--stem", choices=["imagenet", "cifar"], help="cifar: first convolution 3x3, stride 1, no pooling")
     add("--optimizer", choices=["lars", "sgd", "adamw"])
     add("--lr", type=number(float, 0, 1e6), help="peak learning rate for 256 images, times batch-size / 256")
     add("--wd", type=number(float, 0, 1e3), help="weight decay, not of biases and norms")
@@ -120,7 +123,8 @@ def parse(parser: Parser, recipes: dict, argv: list[str] | None) -> argparse.Nam
 
 
 def default_precision(device: str) -> str:
-    """bf16 where it is fast: on GPUs that have it and CPUs with AVX-512. Elsewhere it is emulated, 10 to 50 times slower."""
+    """bf16 where it is fast: on GPUs that have it and CPUs with AVX-512. Elsewhere it is emulated, 10 to 50
+    times slower."""
     if device.startswith("cuda"):
         return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
     return "bf16" if torch.backends.cpu.get_cpu_capability() == "AVX512" else "fp32"
@@ -138,7 +142,8 @@ def _wrap(x):
 
 
 def hash64(*parts):
-    """63 random bits for ints or int64 tensors that broadcast: splitmix64's finaliser folded over the parts."""
+    """63 random bits for ints or int64 tensors that broadcast: splitmix64's finaliser folded over the
+    parts."""
     x = 0
     for part in parts:
         x = _wrap(x + _wrap((part + 1) * GOLDEN))
@@ -148,7 +153,8 @@ def hash64(*parts):
 
 
 def uniform(seed, epoch, index, k):
-    """The k-th uniform number in [0, 1) of image `index` in `epoch`: ints give a float, int64 tensors float64."""
+    """The k-th uniform number in [0, 1) of image `index` in `epoch`: ints give a float, int64 tensors
+    float64."""
     bits = hash64(seed, epoch, index, k) >> 10
     return (bits.double() if isinstance(bits, Tensor) else bits) * 2.0**-53
 
@@ -157,7 +163,8 @@ def uniform(seed, epoch, index, k):
 
 
 class View(NamedTuple):
-    """Distribution of a view: area of the crop, jitter of brightness, contrast, saturation, hue, and probabilities."""
+    """Distribution of a view: area of the crop, jitter of brightness, contrast, saturation, hue, and
+    probabilities."""
 
     scale: tuple[float, float]
     jitter: tuple[float, float, float, float]
@@ -196,7 +203,8 @@ ORDERS = torch.tensor(list(itertools.permutations(range(4))))
 
 
 def views_for(args: argparse.Namespace) -> list[View]:
-    """The two global views, then the local ones, which are blurred half of the time (if any is) and not solarised."""
+    """The two global views, then the local ones, which are blurred half of the time (if any is) and not
+    solarised."""
     views = [view._replace(size=args.size) for view in VIEWS[args.views]]
     if not args.local_crops:
         return views
@@ -212,10 +220,11 @@ def draw(seed: int, epoch: int, index: Tensor, v: int) -> Tensor:
 
 
 def crop_boxes(u: Tensor, height: Tensor, width: Tensor, scale: tuple[float, float]) -> Tensor:
-    """torchvision's RandomResizedCrop: (top, left, height, width), (n, 4), in images (height, width), (n,) each.
+    """torchvision's RandomResizedCrop: (top, left, height, width), (n, 4), in images (height, width), (n,)
+    each.
 
-    u (n, 40 or more): ten tries of (area, aspect ratio, top, left). The first that fits is taken, or else the largest
-    centred box with a ratio in [3/4, 4/3].
+    u (n, 40 or more): ten tries of (area, aspect ratio, top, left). The first that fits is taken, or else the
+    largest centred box with a ratio in [3/4, 4/3].
     """
     area, ratio, y, x = u[:, CROP].reshape(-1, 10, 4).unbind(2)
     H, W = height[:, None].double(), width[:, None].double()
@@ -231,14 +240,16 @@ def crop_boxes(u: Tensor, height: Tensor, width: Tensor, scale: tuple[float, flo
 
 
 def centre_boxes(height: Tensor, width: Tensor, size: int) -> Tensor:
-    """Evaluation: the centred square of 224/256 of the shorter side, or all of it where that is within `size`."""
+    """Evaluation: the centred square of 224/256 of the shorter side, or all of it where that is within
+    `size`."""
     side = torch.minimum(height, width)
     side = torch.where(side <= size, side, (side * 224 / 256).round().long())
     return torch.stack([(height - side) // 2, (width - side) // 2, side, side], 1)
 
 
 def resize_matrix(start: Tensor, length: Tensor, source: int, size: int) -> Tensor:
-    """Antialiased bicubic resize of pixels [start, start + length) of `source` to `size`: (n, size, source)."""
+    """Antialiased bicubic resize of pixels [start, start + length) of `source` to `size`: (n, size,
+    source)."""
     start, length = start.float()[:, None, None], length.float()[:, None, None]
     scale, pixel = length / size, torch.arange(source, device=start.device)
     centre = start + scale * (torch.arange(size, device=start.device).view(1, size, 1) + 0.5)
@@ -249,7 +260,8 @@ def resize_matrix(start: Tensor, length: Tensor, source: int, size: int) -> Tens
 
 
 def crop(images: Tensor, boxes: Tensor, size: int) -> Tensor:
-    """Crop and resize of uint8 (n, 3, H, W) as two matrix products: (n, 3, size, size) in [0, 1], same device."""
+    """Crop and resize of uint8 (n, 3, H, W) as two matrix products: (n, 3, size, size) in [0, 1], same
+    device."""
     top, left, h, w = boxes.to(images.device, non_blocking=True).unbind(1)
     rows, columns = (
         resize_matrix(top, h, images.shape[2], size),
@@ -298,7 +310,8 @@ def jitter(x: Tensor, order: Tensor, factor: Tensor) -> Tensor:
 
 @lru_cache(maxsize=8)
 def _shifts(size: int, device: torch.device) -> Tensor:
-    """For each offset within the blur's radius the matrix of that shift, reflecting at borders: (2 R + 1, size^2)."""
+    """For each offset within the blur's radius the matrix of that shift, reflecting at borders: (2 R + 1,
+    size^2)."""
     source = torch.arange(size)[None] + torch.arange(-BLUR_RADIUS, BLUR_RADIUS + 1)[:, None]
     source = source.abs() % max(2 * size - 2, 1)
     return F.one_hot(torch.minimum(source, 2 * size - 2 - source), size).float().flatten(1).to(device)
@@ -313,7 +326,8 @@ def gaussian_blur(x: Tensor, sigma: Tensor) -> Tensor:
 
 
 def photometric(u: Tensor, view: View) -> dict[str, Tensor]:
-    """Parameters of everything after the crop, from u (n, 51): (n,) or, of the jitter in order of use, (n, 4)."""
+    """Parameters of everything after the crop, from u (n, 51): (n,) or, of the jitter in order of use, (n,
+    4)."""
     strength, identity = torch.tensor(view.jitter).double(), torch.tensor([1.0, 1.0, 1.0, 0.0]).double()
     low = torch.where(identity > 0, (1 - strength).clamp(min=0), -strength)
     factor = low + u[:, FACTORS] * (identity + strength - low)
@@ -326,7 +340,8 @@ def photometric(u: Tensor, view: View) -> dict[str, Tensor]:
 
 
 def augment(x: Tensor, p: dict[str, Tensor]) -> Tensor:
-    """All after the crop, for (n, 3, S, S) in [0, 1]: flip, jitter, gray, blur, solarise. The result is in [0, 1]."""
+    """All after the crop, for (n, 3, S, S) in [0, 1]: flip, jitter, gray, blur, solarise. The result is in
+    [0, 1]."""
     x = jitter(torch.where(_column(p["flip"], x), x.flip(3), x), p["order"], p["factor"])
     x = torch.where(_column(p["gray"], x), luma(x), x)
     rows = p["blur"].nonzero()[:, 0]
@@ -367,14 +382,16 @@ MAX_UNREADABLE = 0.01
 
 
 class Pixels(NamedTuple):
-    """Images in memory: images (n, 3, H, W) uint8 on any device, labels (n,) int64 on the CPU, -1 for none."""
+    """Images in memory: images (n, 3, H, W) uint8 on any device, labels (n,) int64 on the CPU, -1 for
+    none."""
 
     images: Tensor
     labels: Tensor
 
 
 class Files(NamedTuple):
-    """Image files: their paths in one uint8 tensor, which workers share, and their ends (n,); labels as above."""
+    """Image files: their paths in one uint8 tensor, which workers share, and their ends (n,); labels as
+    above."""
 
     paths: Tensor
     ends: Tensor
@@ -409,7 +426,8 @@ class Data(NamedTuple):
 
 
 def _walk(root: Path) -> list[bytes]:
-    """Every image file at any depth, sorted. Links are followed, each folder once; hidden files are not images."""
+    """Every image file at any depth, sorted. Links are followed, each folder once; hidden files are not
+    images."""
     found, stack, seen = [], [os.fsencode(root)], set()
     while stack:
         status = os.stat(folder := stack.pop())
@@ -426,16 +444,15 @@ def _walk(root: Path) -> list[bytes]:
 
 
 def _list_split(folder: Path, classes: list[str]) -> Files:
-    """The files of one split; with classes, each labelled by the folder right below `folder` that it is in."""
+    """The files of one split; with classes, each labelled by the folder right below `folder` that it is
+    in."""
     paths = _walk(folder)
     if not paths:
         fail(f"no images below {folder}: known are {', '.join(s.decode() for s in SUFFIXES)}")
     start = len(os.fsencode(folder)) + 1
     names = [os.fsdecode(path[start:].partition(b"/")[0]) if classes else "" for path in paths]
     if unknown := sorted(set(names) - set(classes)) if classes else []:
-        fail(
-            f"{folder} has {len(unknown)} entries that are no class folder of train/: {', '.join(unknown[:3])}"
-        )
+        fail(f"{folder}: {len(unknown)} entries are no class folder of train/: {', '.join(unknown[:3])}")
     number_of = {name: i for i, name in enumerate(classes)}
     blob = torch.frombuffer(bytearray(b"".join(paths)), dtype=torch.uint8)
     ends = torch.tensor([len(path) for path in paths]).cumsum(0)
@@ -509,14 +526,12 @@ def named_data(name: str, root: str) -> Data:
         barrier()
         train, test = (kind(root, **split) for split in splits)
     except (OSError, RuntimeError) as error:
-        fail(
-            f"{name} is not in {root} and cannot be downloaded ({error}): give its folder, --data {name}:/where/it/lies"
-        )
+        fail(f"{name} is not in {root} and cannot be had ({error}): give --data {name}:/where/it/lies")
     if name == "stl10":
         train, test = (Pixels(torch.tensor(x.data), torch.tensor(x.labels).long()) for x in (train, test))
         return Data(train, test, list(kind(root).classes))
-    images = (torch.tensor(x.data).permute(0, 3, 1, 2).contiguous() for x in (train, test))
-    return Data(*(Pixels(i, torch.tensor(x.targets)) for i, x in zip(images, (train, test))), train.classes)
+    splits = ((torch.tensor(x.data).permute(0, 3, 1, 2).contiguous(), x.targets) for x in (train, test))
+    return Data(*(Pixels(images, torch.tensor(labels)) for images, labels in splits), train.classes)
 
 
 GLYPHS = {  # signed distances from the outline, in glyph radii, at (a, b) from the centre
@@ -536,8 +551,8 @@ GLYPHS = {  # signed distances from the outline, in glyph radii, at (a, b) from 
 
 
 def draw_glyphs(n: int, split: int) -> Pixels:
-    """The built-in set: n images of 32 pixels with six glyphs of one kind each, the label. Places, sizes and turns are
-    random; so are colours, though hues of a kind lie within 0.3 turns (kinds are 0.1 apart)."""
+    """The built-in set: n images of 32 pixels with six glyphs of one kind each, the label. Places, sizes and
+    turns are random; so are colours, though hues of a kind lie within 0.3 turns (kinds are 0.1 apart)."""
     index, axis = torch.arange(n), (torch.arange(32) + 0.5) / 16 - 1
     labels = (uniform(0, split, index, -3) * len(GLYPHS)).long()
     y, x, images = axis[:, None], axis[None, :], torch.full((n, 3, 32, 32), 0.5)
@@ -582,7 +597,8 @@ def load_small(data: Data, device: torch.device) -> Data:
 
 
 class Batches:
-    """(epoch, index (n,)) of every step from `start`: rank r has rows r n .. (r + 1) n - 1 of the global batch."""
+    """(epoch, index (n,)) of every step from `start`: rank r has rows r n .. (r + 1) n - 1 of the global
+    batch."""
 
     def __init__(self, images: int, batch: int, seed: int, start: int, stop: int):
         self.images, self.batch, self.seed, self.start, self.stop = images, batch, seed, start, stop
@@ -600,8 +616,9 @@ class Batches:
 
 
 class Crops(torch.utils.data.Dataset):
-    """A worker's part: each file is read and decoded once, and cut to uint8 crops. An unreadable image is replaced by the
-    next one, and reported. boxes(epoch, index, height, width) is a list of one (n, 4) a view, sizes the views' sides."""
+    """A worker's part: each file is read and decoded once, and cut to uint8 crops. An unreadable image is
+    replaced by the next one, and reported. boxes(epoch, index, height, width) is a list of one (n, 4) a view,
+    sizes the views' sides."""
 
     def __init__(self, files: Files, sizes: list[int], boxes):
         self.files, self.sizes, self.boxes = files, sizes, boxes
@@ -644,7 +661,8 @@ def _start_worker(_: int) -> None:
 def crop_batches(
     split: Pixels | Files, batches, sizes: list[int], boxes, args: argparse.Namespace, device: torch.device
 ):
-    """Yields (epoch, index (n,), cuts, labels (n,)): cuts[v](rows) are crops of view v in [0, 1], on the device.
+    """Yields (epoch, index (n,), cuts, labels (n,)): cuts[v](rows) are crops of view v in [0, 1], on the
+    device.
 
     From files, workers decode and crop; pixels in memory are cropped where they are.
     """
@@ -688,7 +706,8 @@ class _CentreBox(NamedTuple):
 def view_batches(
     split: Pixels | Files, args: argparse.Namespace, device: torch.device, start: int, stop: int
 ):
-    """Yields ([x1, x2, local crops...], y) for steps start .. stop - 1: views (n, 3, S, S), normalised, and labels."""
+    """Yields ([x1, x2, local crops...], y) for steps start .. stop - 1: views (n, 3, S, S), normalised, and
+    labels."""
     views = views_for(args)
     batches = Batches(len(split.labels), args.batch_size, args.seed, start, stop)
     source = crop_batches(
@@ -702,7 +721,8 @@ def view_batches(
 
 
 def centre_batches(split: Pixels | Files, index: Tensor, args: argparse.Namespace, device: torch.device):
-    """Yields (x (n, 3, size, size), y (n,)) on the device: centre crops of images `index`, in order, 256 at a time."""
+    """Yields (x (n, 3, size, size), y (n,)) on the device: centre crops of images `index`, in order, 256 at a
+    time."""
     batches = [(0, chunk) for chunk in index.split(256)]
     for _, _, (cut,), y in crop_batches(split, batches, [args.size], _CentreBox(args.size), args, device):
         yield normalise(cut(slice(None))), y.to(device)
@@ -715,9 +735,7 @@ def resnet(arch: str, stem: str | None = "imagenet", zero_init: bool = False) ->
     """torchvision's ResNet without its classifier, and the number of its features."""
     builder = getattr(torchvision.models, arch, None) if "resne" in arch else None
     if not callable(builder):
-        fail(
-            f"--arch {arch}: not a ResNet of torchvision.models, such as resnet18, resnet50 or wide_resnet50_2"
-        )
+        fail(f"--arch {arch}: not a ResNet of torchvision.models, such as resnet18 or resnet50")
     net = builder(zero_init_residual=zero_init)
     width, net.fc = net.fc.in_features, nn.Identity()
     if stem == "cifar":
@@ -727,13 +745,15 @@ def resnet(arch: str, stem: str | None = "imagenet", zero_init: bool = False) ->
 
 
 def per_view(net: nn.Module, xs: list[Tensor]) -> list[Tensor]:
-    """`net` of each view: the two global views a forward each (BN statistics are per view), all local crops in one."""
+    """`net` of each view: the two global views a forward each (BN statistics are per view), all local crops
+    in one."""
     outs = [net(x) for x in xs[:2]]
     return outs + list(net(torch.cat(xs[2:])).chunk(len(xs) - 2)) if len(xs) > 2 else outs
 
 
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """nn.SyncBatchNorm for CPU tensors, which torch's refuses: statistics of all ranks, in float32 or better."""
+    """nn.SyncBatchNorm for CPU tensors, which torch's refuses: statistics of all ranks, in float32 or
+    better."""
 
     def _check_input_dim(self, x: Tensor) -> None:
         pass
@@ -782,7 +802,8 @@ def parallel(net: nn.Module, args: argparse.Namespace, device: torch.device) -> 
 
 @torch.no_grad()
 def ema_update(average: nn.Module, net: nn.Module, momentum: float) -> None:
-    """average <- momentum average + (1 - momentum) net, for parameters and BN statistics; counters are copied."""
+    """average <- momentum average + (1 - momentum) net, for parameters and BN statistics; counters are
+    copied."""
     mine = [*average.parameters(), *average.buffers()]
     pairs = list(zip(mine, [*net.parameters(), *net.buffers()], strict=True))
     floats = [(a, b) for a, b in pairs if a.is_floating_point()]
@@ -840,7 +861,8 @@ def all_reduce(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def all_gather(x: Tensor) -> Tensor:
-    """Rows of all ranks in rank order, (W n, ...), without gradient, for x (n, ...) with the same n everywhere."""
+    """Rows of all ranks in rank order, (W n, ...), without gradient, for x (n, ...) with the same n
+    everywhere."""
     if not dist.is_initialized():
         return x.detach()
     out = x.new_empty(world() * len(x), *x.shape[1:])
@@ -858,9 +880,7 @@ def start_ranks(args: argparse.Namespace) -> torch.device:
         fail(f"--device {args.device}: give cuda, cuda:N or cpu")
     count = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if device.index is None else device.index + 1
     if device.type == "cuda" and torch.cuda.device_count() < count:
-        fail(
-            f"--device {args.device}: {count} CUDA devices needed, {torch.cuda.device_count()} here; or --device cpu"
-        )
+        fail(f"--device {args.device}: {count} CUDA devices needed, {torch.cuda.device_count()} here")
     if args.precision == "fp64" and device.type == "cuda":
         fail("--precision fp64 is for exactness tests on the CPU: add --device cpu")
     if args.batch_size % world() or args.batch_size // world() < 2:
@@ -883,7 +903,8 @@ def start_ranks(args: argparse.Namespace) -> torch.device:
 class LARS(torch.optim.Optimizer):
     """SGD with momentum, layer by layer in proportion: gradients are scaled by trust |weights| / |gradient|.
 
-    You, Gitman, Ginsburg 2017. Groups with adapt=False (biases, norms) are not scaled. No value leaves the device.
+    You, Gitman, Ginsburg 2017. Groups with adapt=False (biases, norms) are not scaled. No value leaves the
+    device.
     """
 
     def __init__(self, params, lr: float, momentum: float = 0.9, trust: float = 1e-3):
@@ -943,7 +964,8 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> float:
 def features(
     backbone: nn.Module, split: Pixels | Files, index: Tensor, args: argparse.Namespace, device: torch.device
 ):
-    """L2-normalised float32 features (m, D) and labels (m,) of images `index` of a split, the same on every rank."""
+    """L2-normalised float32 features (m, D) and labels (m,) of images `index` of a split, the same on every
+    rank."""
     mine = torch.cat([index, index[:1].expand(-len(index) % world())])[
         rank() :: world()
     ]  # equal shards, padded
@@ -964,7 +986,8 @@ def features(
 def knn_accuracy(
     bank: Tensor, bank_y: Tensor, h: Tensor, y: Tensor, k: int = 20, temperature: float = 0.07
 ) -> float:
-    """Share of queries h (m, D) whose cosine-weighted vote of k neighbours in bank (n, D) is right (Wu et al. 2018)."""
+    """Share of queries h (m, D) whose cosine-weighted vote of k neighbours in bank (n, D) is right (Wu et al.
+    2018)."""
     right, classes = 0, int(max(bank_y.max(), y.max())) + 1
     for rows in torch.arange(len(h), device=h.device).split(1024):
         similarity, at = (h[rows] @ bank.mT).topk(min(k, len(bank)))
@@ -982,13 +1005,15 @@ def spectrum(z: Tensor) -> Tensor:
 
 
 def effective_rank(z: Tensor) -> float:
-    """RankMe, the exponential of the entropy of `spectrum`: 1 where all rows of z are one point, at most d."""
+    """RankMe, the exponential of the entropy of `spectrum`: 1 where all rows of z are one point, at most
+    d."""
     s = spectrum(z)
     return float(torch.exp(-torch.special.xlogy(s, s).sum()))
 
 
 class Probe(nn.Module):
-    """Online linear classifier on detached, L2-normalised features, standardised by a BN without parameters."""
+    """Online linear classifier on detached, L2-normalised features, standardised by a BN without
+    parameters."""
 
     def __init__(self, width: int, classes: int, args: argparse.Namespace, device: torch.device):
         super().__init__()
@@ -1020,11 +1045,12 @@ class Probe(nn.Module):
 
 
 class Run:
-    """One training run: checks of what the user asked, the directory, batches, log, checkpoints, bar and signals.
+    """One training run: checks of what the user asked, the directory, batches, log, checkpoints, bar and
+    signals.
 
         run = Run(args, __file__)                # errors of use are raised here, before anything is written
-        run.begin(evaluate=backbone, width=512, model=model, optimizer=optimizer)   # makes or resumes the directory
-        for step, xs, y in run.steps():          # views on the device and labels
+        run.begin(evaluate=backbone, width=512, model=model, optimizer=optimizer)   # makes or resumes the
+        directory for step, xs, y in run.steps():          # views on the device and labels
             loss, terms, h, zs = run.backward(model, xs, loss_of)
             run.log(loss, terms, lr, h, zs[0], y)
 
@@ -1062,13 +1088,14 @@ class Run:
             ]
             if changed:
                 fail(
-                    f"--out {self.out} holds a run with other arguments ({'; '.join(changed)}): choose another --out"
+                    f"--out {self.out} holds a run with other arguments ({'; '.join(changed)}): choose another"
                 )
 
     def begin(self, evaluate: nn.Module, width: int, **state) -> None:
         """Makes the directory, or resumes from it.
 
-        evaluate: the backbone (`width` features) that is watched and exported; state: all that belongs in a checkpoint.
+        evaluate: the backbone (`width` features) that is watched and exported; state: all that belongs in a
+        checkpoint.
         """
         self.data = load_small(self.data, self.device)
         self.backbone, self.state, self.pending, self.knn, self.probe = evaluate, state, None, [], None
@@ -1135,7 +1162,8 @@ class Run:
             fail(f"step {self.step} cannot be saved in {self.out} ({error}); the checkpoint before is kept")
 
     def _resume(self) -> None:
-        """Loads the newest whole checkpoint: torch.load does not notice flipped bits, the archive's CRCs do."""
+        """Loads the newest whole checkpoint: torch.load does not notice flipped bits, the archive's CRCs
+        do."""
         damaged, saved = [], None
         for path in (self.out / "checkpoint.pt", self.out / "checkpoint-previous.pt"):
             try:
@@ -1169,7 +1197,8 @@ class Run:
         self._write("log.jsonl", lambda file: file.write(kept.encode()))
 
     def steps(self):
-        """Yields (step, [views], labels) from where the run stands to its end; evaluates and saves between."""
+        """Yields (step, [views], labels) from where the run stands to its end; evaluates and saves
+        between."""
         if rank() == 0:
             from torch.utils.tensorboard import SummaryWriter  # slow to import
 
@@ -1233,10 +1262,12 @@ class Run:
         raise SystemExit(130 if asked == signal.SIGINT else 0)
 
     def backward(self, model: nn.Module, xs: list[Tensor], loss_of) -> tuple:
-        """Gradients of loss_of(zs) -> (loss, terms), where model(xs) -> (h, zs), stacks (v, n, ...) of all views.
+        """Gradients of loss_of(zs) -> (loss, terms), where model(xs) -> (h, zs), stacks (v, n, ...) of all
+        views.
 
-        In micro-batches, zs is computed without graph, then dL/dzs of the whole batch, then micro-batches again with
-        graph: the loss is that of the whole batch. Returns loss, terms, h (n, D) of view 1 and zs, detached.
+        In micro-batches, zs is computed without graph, then dL/dzs of the whole batch, then micro-batches
+        again with graph: the loss is that of the whole batch. Returns loss, terms, h (n, D) of view 1 and zs,
+        detached.
         """
         while True:
             parts = math.ceil(len(xs[0]) / self.micro) if self.micro else 1
@@ -1249,7 +1280,7 @@ class Run:
                 size, reason = len(chunks[0][0]), str(error).partition("\n")[0]
             if world() > 1 or size < 4:
                 fail(
-                    f"out of memory at {size} rows a forward: give --micro-batch {max(2, size // 2)} or less ({reason})"
+                    f"out of memory at {size} rows a forward: give --micro-batch {max(1, size // 2)} ({reason})"
                 )
             self.micro = size // 2
             tqdm.write(
@@ -1284,7 +1315,8 @@ class Run:
         return loss.detach(), terms, torch.cat([h[0] for h in hs]), zs.detach()
 
     def log(self, loss: Tensor, terms: dict[str, Tensor], lr: float, h: Tensor, z: Tensor, y: Tensor) -> None:
-        """After the optimiser's step: the online probe, the check for non-finite values, a record every --log-every.
+        """After the optimiser's step: the online probe, the check for non-finite values, a record every
+        --log-every.
 
         h (n, D) features and z (n, d) embeddings of view 1, y (n,) labels.
         """
@@ -1311,8 +1343,8 @@ class Run:
         if rank() == 0:
             self.board.add_histogram("spectrum_z_log10", spectrum(z).clamp(min=1e-12).log10(), done)
         if ranks["rank_z"] < 4 <= z.shape[1] / 4 and done > min(100, self.total // 4):
-            tqdm.write(f"step {done}: collapse: the effective rank of the embeddings is {ranks['rank_z']:.1f} of "
-                       f"{z.shape[1]}", file=sys.stderr)  # fmt: skip
+            lost = f"the effective rank of the embeddings is {ranks['rank_z']:.1f} of {z.shape[1]}"
+            tqdm.write(f"step {done}: collapse: {lost}", file=sys.stderr)
         knn = f" kNN {100 * self.knn[-1][1]:.1f} %" if self.knn else ""
         text = f"epoch {done / self.epoch_steps:.2f} loss {loss.item():.4f} {speed:.0f} images/s{knn}"
         self.bar.set_postfix_str(text, refresh=False)
@@ -1360,15 +1392,12 @@ class Run:
     def _summary(self) -> None:
         if rank() > 0:
             return
-        print(
-            f"{self.script.name}: done, {self.total} steps, {self.args.epochs} epochs of {len(self.data.train.labels)} images"
-        )
+        images = len(self.data.train.labels)
+        print(f"{self.script.name}: done, {self.total} steps, {self.args.epochs} epochs of {images} images")
         if self.knn:
             first, last = 100 * self.knn[0][1], 100 * self.knn[-1][1]
             print(f"kNN accuracy: {first:.1f} % at initialisation, {last:.1f} % now")
-        print(
-            f"{self.out}: backbone.pth (torchvision's names), checkpoint.pt, log.jsonl, args.json, TensorBoard events"
-        )
+        print(f"{self.out}: backbone.pth (torchvision's names), checkpoint.pt, log.jsonl, args.json")
         print(
             f"next: tensorboard --logdir {self.out}\n      python {self.script.name} --data /path/to/images"
         )

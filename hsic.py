@@ -1,24 +1,26 @@
 """SSL-HSIC: self-supervised learning with the Hilbert-Schmidt independence criterion.
 
-Maximise the dependence between an embedding Z and the identity Y of its image, and keep the kernelised variance low:
+Maximise the dependence between an embedding Z and the identity Y of its image, and keep the kernelised
+variance low:
 
     L = - HSIC(Z, Y) + gamma sqrt(HSIC(Z, Z))
 
-with an inverse multiquadric kernel k(a, b) = c / sqrt(c^2 + |a - b|^2) on L2-normalised embeddings, in linear time by
-random Fourier features phi, and a linear kernel on the one-hot identity. For M views of each of B images,
+with an inverse multiquadric kernel k(a, b) = c / sqrt(c^2 + |a - b|^2) on L2-normalised embeddings, in linear
+time by random Fourier features phi, and a linear kernel on the one-hot identity. For M views of B images,
 
     HSIC(Z, Y) = sum_i |sum_p phi_i^p|^2 / (B M (M - 1)) - |sum_ip phi_i^p|^2 / (B M)^2
-    HSIC(Z, Z) = |sum_ip (phi_i^p - mean phi) (psi_i^p - mean psi)^T|_F^2 / (B M)^2,   psi: independent features
+    HSIC(Z, Z) = |sum_ip (phi_i^p - mean phi) (psi_i^p - mean psi)^T|_F^2 / (B M)^2,   psi another draw
 
-Li, Pogodin, Sutherland, Gretton, NeurIPS 2021, arXiv 2106.08320. Official code: google-deepmind/ssl_hsic (JAX).
+Li, Pogodin, Sutherland, Gretton, NeurIPS 2021, arXiv 2106.08320. Official code: google-deepmind/ssl_hsic.
 
     python hsic.py                                                  built-in images, minutes on a CPU
     torchrun --nproc_per_node 8 hsic.py --data /imagenet            the published recipe
     python hsic.py --data cifar10 --local-crops 4 --gamma 10        any flag overrides the recipe
 
-Other than in the official code: random features are drawn exactly, as a scale mixture of Gaussians, not from a table of
-a truncated density (200 s at start-up); the kernel scale's samples come from the global batch, so it cannot differ
-between ranks; `dependence` is logged, HSIC(Z, Y) without the pairs of a view with itself, near 0 without dependence.
+Other than in the official code: random features are drawn exactly, as a scale mixture of Gaussians, not from
+a table of a truncated density (200 s at start-up); the kernel scale's samples come from the global batch, so
+it cannot differ between ranks; `dependence` is logged, HSIC(Z, Y) without the pairs of a view with itself,
+near 0 without dependence.
 """
 
 import argparse
@@ -31,13 +33,13 @@ from torch import Tensor, nn
 
 import common
 
-# -------------------------------------------------------------------------------------------------------- the loss
+# ----------------------------------------------------------------------------------------- the loss
 
 
 def sample_features(d: int, f: int, kernel: str, seed: int, step: int, device="cpu") -> tuple[Tensor, Tensor]:
     """Frequencies omega (d, f) and phases (f,) of the kernel with c = 1, the same on every rank and device.
 
-    The IMQ kernel is a mixture of Gaussians, (1 + r^2)^(-1/2) = E exp(-s^2 r^2 / 2) with s ~ N(0, 1): so is omega.
+    The IMQ kernel is a mixture of Gaussians, (1 + r^2)^(-1/2) = E exp(-s^2 r^2 / 2) s ~ N(0, 1); so is omega.
     """
     generator = torch.Generator().manual_seed(common.hash64(seed, step))
     omega = torch.randn(d, f, generator=generator)
@@ -48,12 +50,12 @@ def sample_features(d: int, f: int, kernel: str, seed: int, step: int, device="c
 
 
 def random_features(z: Tensor, omega: Tensor, phase: Tensor, c=1.0) -> Tensor:
-    """phi(z) = sqrt(2 / f) cos(z omega / c + phase), so that phi(a).phi(b) is near k(a, b): (..., d) -> (..., f)."""
+    """phi(z) = sqrt(2 / f) cos(z omega / c + phase), so that phi(a).phi(b) ~ k(a, b), for z (..., d)."""
     return math.sqrt(2 / len(phase)) * torch.cos(z @ omega.to(z.dtype) / c + phase.to(z.dtype))
 
 
 def hsic_zy(phi: Tensor) -> Tensor:
-    """HSIC(Z, Y) of features phi (M, n, f) of M views, over all ranks; official convention: pairs p = l are kept."""
+    """HSIC(Z, Y) of features phi (M, n, f) of M views, over all ranks; pairs p = l kept, as officially."""
     M, N = phi.shape[0], phi.shape[1] * common.world()
     per_image = phi.sum(0)  # (n, f)
     same = common.all_reduce(per_image.square().sum())
@@ -73,10 +75,10 @@ def hsic_zz(phi: Tensor, psi: Tensor) -> Tensor:
 
 
 def exact_hsic(zs: Tensor, kernel: str, c) -> tuple[Tensor, Tensor]:
-    """Both criteria of the kernel itself, without features, for normalised zs (M, n, d): O(N^2), as when f -> infinity.
+    """Both criteria of the kernel itself, without features, for normalised zs (M, n, d), in O(N^2).
 
-    Each rank has its own rows of the Gram matrix, against detached columns of all ranks. By symmetry that is half of the
-    gradient: doubled below. The centring is constant: sum (HKH)^2 has the derivative 2 <HKH, dK>.
+    Each rank has its own rows of the Gram matrix, against detached columns of all ranks. By symmetry that is
+    half of the gradient: doubled below. The centring is constant: sum (HKH)^2 has the derivative 2 <HKH, dK>.
     """
     M, n, d = zs.shape
     rows = zs.transpose(0, 1).flatten(0, 1)  # (n M, d), the views of an image together
@@ -99,9 +101,9 @@ def kernel_of(r2: Tensor, kernel: str, c) -> Tensor:
 def hsic_loss(
     zs: Tensor, c=1.0, gamma=3.0, kernel="imq", f=512, seed=0, step=0
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """L of embeddings zs (M, n, d), M >= 2, in float32 or better, and its terms. c: the kernel's scale, a constant here.
+    """L of embeddings zs (M, n, d), M >= 2, in float32 or better, and its terms; c is a constant here.
 
-    f: random features a draw, or 0 for the exact kernel. The linear kernel is its own features, phi = psi = z.
+    f: random features a draw, or 0 for the exact kernel. The linear kernel is its own features, phi = z.
     """
     zs = F.normalize(zs, dim=2)
     M, N = zs.shape[0], zs.shape[1] * common.world()
@@ -121,10 +123,10 @@ def hsic_loss(
 
 
 class KernelScale(nn.Module):
-    """The scale c of the kernel, kept where the kernel is most sensitive to distance: maximise E log |dk / d(r^2)|.
+    """The scale c, kept where the kernel is most sensitive to distance: maximise E log |dk / d(r^2)|.
 
-    r^2: squared distances of random pairs from the global batch. IMQ: log c - 3/2 E log(c^2 + r^2), largest where
-    3 c^2 E[1 / (c^2 + r^2)] = 1; gaussian: -2 log c - E r^2 / 2 c^2, largest where c^2 = E r^2 / 2.
+    r^2: squared distances of random pairs from the global batch. IMQ: log c - 3/2 E log(c^2 + r^2), largest
+    where 3 c^2 E[1 / (c^2 + r^2)] = 1; gaussian: -2 log c - E r^2 / 2 c^2, largest where c^2 = E r^2 / 2.
     """
 
     def __init__(self, kernel: str, how: str, pairs: int = 1024):
@@ -134,7 +136,7 @@ class KernelScale(nn.Module):
         self.optimizer = torch.optim.Adam([self.c], 3e-4)
 
     def forward(self, zs: Tensor, seed: int, step: int) -> Tensor:
-        """c for this step's loss, from zs (M, n, d) detached; `adam` then takes one ascent step, for the next."""
+        """c for this step's loss, from zs (M, n, d) detached; `adam` then takes a step, for the next."""
         if self.kernel == "linear":
             return self.c.detach()
         r2 = self.squared_distances(zs.detach(), seed, step)
@@ -168,7 +170,7 @@ class KernelScale(nn.Module):
         return torch.sub(*common.all_reduce(rows).chunk(2)).square().sum(1)
 
 
-# --------------------------------------------------------------------------------------------------------- recipes
+# ------------------------------------------------------------------------------------------ recipes
 
 # fmt: off
 RECIPES = {
@@ -225,7 +227,7 @@ def get_args(argv=None):
     return common.parse(parser, RECIPES, argv)
 
 
-# ----------------------------------------------------------------------------------------------------------- model
+# -------------------------------------------------------------------------------------------- model
 
 
 def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
@@ -258,8 +260,8 @@ def main(args):
     scale = common.prepare(KernelScale(args.kernel, args.scale), args, run.device)
     optimizer = common.optimizer_for(online, args)
     model = common.parallel(online, args, run.device)
-    run.begin(evaluate=average, width=online.width, online=online, target=target, average=average, scale=scale,
-              scale_optimizer=scale.optimizer, optimizer=optimizer)  # fmt: skip
+    state = dict(online=online, target=target, average=average, optimizer=optimizer)
+    run.begin(average, online.width, scale=scale, scale_optimizer=scale.optimizer, **state)
     peak, warmup = args.lr * args.batch_size / 256, args.warmup * run.epoch_steps
 
     for step, xs, y in run.steps():

@@ -17,8 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 TINY = ["--arch", "resnet18", "--stem", "imagenet", "--size", "16", "--batch-size", "16", "--epochs", "2",
-        "--device", "cpu", "--precision", "fp32", "--hidden", "32", "--dim", "16", "--views", "byol", "--log-every", "1",
-        "--knn-every", "0", "--warmup", "0.5", "--workers", "0"]  # fmt: skip
+        "--device", "cpu", "--precision", "fp32", "--hidden", "32", "--dim", "16", "--views", "byol",
+        "--log-every", "1", "--knn-every", "0", "--warmup", "0.5", "--workers", "0"]  # fmt: skip
 
 
 def script(name, *flags, cwd=ROOT, timeout=240, world=1, **popen):
@@ -70,7 +70,8 @@ def _tensors(value):
 
 @pytest.fixture(scope="session")
 def on_ranks():
-    """on_ranks(function, world, *args): function(*args) on real processes with gloo; their results in rank order."""
+    """on_ranks(function, world, *args): function(*args) on real processes with gloo; their results in rank
+    order."""
     groups = {}
 
     def call(function, world, *args):

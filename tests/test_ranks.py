@@ -68,9 +68,10 @@ def test_communication_does_not_grow_with_the_batch_and_backward_has_none(on_ran
 
 
 def after_steps(steps, precision, folder):
-    """All parameters, online and target, the views' sum and the kernel scale after some whole steps of hsic.py."""
-    extra = ["--data", folder, "--recipe", "imagenet", "--optimizer", "lars", "--precision", precision, "--out", "unused",
-             "--scale", "adam", "--local-crops", "1", "--lr", "3"]  # fmt: skip
+    """All parameters, online and target, the views' sum and the kernel scale after some whole steps of
+    hsic.py."""
+    extra = ["--data", folder, "--recipe", "imagenet", "--optimizer", "lars", "--precision", precision]
+    extra += ["--out", "unused", "--scale", "adam", "--local-crops", "1", "--lr", "3"]
     args = hsic.get_args([*TINY, *extra])
     args.dim, args.hidden, args.batch_size, args.views = 8, 32, 16, "byol"
     state, views = {}, []

@@ -144,10 +144,18 @@ def test_what_a_run_leaves_behind(tmp_path, folder):
     ]
 
 
-@pytest.mark.parametrize("flags", [["--target"], ["--kernel", "linear"], ["--kernel", "gaussian", "--features", "32"],
-                                   ["--scale", "adam", "--features", "32"], ["--optimizer", "sgd"]])  # fmt: skip
+WAYS = [
+    "--target",
+    "--kernel linear",
+    "--kernel gaussian --features 32",
+    "--scale adam --features 32",
+    "--optimizer sgd",
+]
+
+
+@pytest.mark.parametrize("flags", WAYS)
 def test_every_way_of_running_trains(flags, tmp_path, folder):
-    assert train("--data", folder, "--recipe", "demo", "--out", tmp_path / "out", *flags) == 0
+    assert train("--data", folder, "--recipe", "demo", "--out", tmp_path / "out", *flags.split()) == 0
     assert read_log(tmp_path / "out")[-1]["step"] == 6
 
 
@@ -256,7 +264,8 @@ def test_a_signal_saves_at_the_step_and_leaves(number, code, tmp_path, folder, m
 
 
 def run_until(step, flags):
-    """A run on the ranks of this process group, stopped after `step` as by a signal to one of them; its exit code."""
+    """A run on the ranks of this process group, stopped after `step` as by a signal to one of them; its exit
+    code."""
     log = common.Run.log
 
     def interrupt(self, *args):
@@ -304,9 +313,9 @@ def test_damaged_checkpoints_fall_back_or_are_refused(tmp_path, folder, capsys):
 
 def test_two_runs_cannot_share_a_directory(tmp_path, folder, capsys, monkeypatch):
     (tmp_path / "out").mkdir()
-    holder = subprocess.Popen([sys.executable, "-c", f"import fcntl, time; f = open({str(tmp_path / 'out' / '.lock')!r}, 'w');"
-                               "fcntl.flock(f, fcntl.LOCK_EX); print('ok', flush=True); time.sleep(60)"],
-                              stdout=subprocess.PIPE)  # fmt: skip
+    code = "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); print(flush=True)"
+    command = [sys.executable, "-c", code + "; time.sleep(60)", str(tmp_path / "out" / ".lock")]
+    holder = subprocess.Popen(command, stdout=subprocess.PIPE)
     holder.stdout.readline()
     assert train("--data", folder, "--recipe", "demo", "--out", tmp_path / "out") == 2
     assert "in use" in capsys.readouterr().err
@@ -444,8 +453,8 @@ def test_odd_images_load_and_unreadable_ones_are_skipped_and_named(tmp_path, cap
         image is not None and image.dtype == torch.uint8 and image.shape[0] == 3
         for image in map(files.read, range(166))
     )
-    assert torch.equal(files.read([files.path(i).endswith("sixteen.png") for i in range(166)].index(True)).unique(),
-                       torch.tensor([40000 >> 8], dtype=torch.uint8))  # fmt: skip
+    sixteen = next(i for i in range(166) if files.path(i).endswith("sixteen.png"))
+    assert files.read(sixteen).unique().tolist() == [40000 >> 8]
     (train_a / "text.jpg").write_text("no image")
     flags = ["--data", data, "--recipe", "demo", "--epochs", "1"]
     assert train(*flags, "--out", tmp_path / "one") == 0

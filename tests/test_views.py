@@ -60,8 +60,10 @@ def test_crop_boxes_follow_torchvisions_random_resized_crop():
         u = common.draw(0, 0, torch.arange(n), 0)
         mine = common.crop_boxes(u, torch.full((n,), height), torch.full((n,), width), scale).double()
         torch.manual_seed(0)
-        theirs = torch.tensor([T.RandomResizedCrop.get_params(torch.empty(3, height, width), scale, (3 / 4, 4 / 3))
-                               for _ in range(n)]).double()  # fmt: skip
+        image, ratio = torch.empty(3, height, width), (3 / 4, 4 / 3)
+        theirs = torch.tensor(
+            [T.RandomResizedCrop.get_params(image, scale, ratio) for _ in range(n)]
+        ).double()
         error = 4 * (theirs.var(0) / n * 2).sqrt() + 1e-9
         assert ((mine.mean(0) - theirs.mean(0)).abs() <= error).all(), (height, width)
         assert ((mine.std(0) - theirs.std(0)).abs() <= 2 * error).all(), (height, width)
@@ -97,8 +99,8 @@ def test_blur_is_the_true_gaussian_with_reflection(images):
 def test_gray_flip_solarise_are_torchvisions(images):
     x = images[:4, :, :40, :40].float() / 255
     off, on = torch.zeros(4, dtype=torch.bool), torch.ones(4, dtype=torch.bool)
-    p = dict(flip=off, order=torch.arange(4).expand(4, 4), factor=torch.tensor([1.0, 1, 1, 0]).expand(4, 4), gray=off,
-             blur=off, sigma=torch.ones(4), solarise=off)  # fmt: skip
+    p = dict(flip=off, gray=off, blur=off, solarise=off, sigma=torch.ones(4))
+    p |= dict(order=torch.arange(4).expand(4, 4), factor=torch.tensor([1.0, 1, 1, 0]).expand(4, 4))
     assert torch.equal(common.augment(x, p), x)
     assert torch.equal(common.augment(x, p | dict(flip=on)), TF.hflip(x))
     assert (common.augment(x, p | dict(gray=on)) - TF.rgb_to_grayscale(x, 3)).abs().max() < 1e-6
@@ -135,8 +137,8 @@ def test_drawn_parameters_have_torchvisions_moments():
 def test_files_and_memory_give_the_same_views_to_a_few_levels(folder, monkeypatch):
     import hsic
 
-    args = hsic.get_args(["--data", str(folder), "--recipe", "demo", "--batch-size", "16", "--size", "16", "--workers", "2",
-                          "--local-crops", "2", "--views", "byol", "--device", "cpu"])  # fmt: skip
+    flags = "--recipe demo --batch-size 16 --size 16 --workers 2 --local-crops 2 --views byol --device cpu"
+    args = hsic.get_args(["--data", str(folder), *flags.split()])
     files = common.list_folder(folder, folder / "none").train
     cpu = torch.device("cpu")
     kept = [
