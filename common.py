@@ -82,11 +82,11 @@ def parser_for(doc: str) -> Parser:
     add("--seed", type=number(int, 0, 2**62), default=0, help="of initialisation, order and views")
     add("--workers", type=number(int, 0, 1024), default=min(16, os.cpu_count()), help="a rank, to decode")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:N or cpu")
-    add("--precision", choices=["bf16", "fp32", "fp64"], help="of the networks; losses are in float32 or "
-        "better (default: bf16 where the hardware has it, else fp32)")
+    add("--precision", choices=["bf16", "fp32", "fp64"], help="of the networks; losses are in fp32 or "
+        "better (default: bf16 where the hardware has it)")
     add("--compile", action="store_true", help="torch.compile the networks")
-    add("--micro-batch", type=number(int, 0), default=0, help="rows encoded at a time; the loss stays that of "
-        "the whole batch, BN statistics are per micro-batch (0: all; halved where one GPU's memory is short)")
+    add("--micro-batch", type=number(int, 0), default=0, help="rows encoded at a time; the loss is that of the "
+        "whole batch, BN statistics are per micro-batch (0: all, or halved where a GPU runs out of memory)")
     add("--save-minutes", type=number(float, 1e-3), default=15.0, help="between checkpoints; one an epoch too")
     add("--log-every", type=number(int, 1), default=50, help="steps")
     add("--knn-every", type=number(int, 0), default=1, help="epochs between kNN tests (0: first and last)")
@@ -1087,9 +1087,7 @@ class Run:
                 f"{key} {saved.get(key)} -> {now.get(key)}" for key in keys if saved.get(key) != now.get(key)
             ]
             if changed:
-                fail(
-                    f"--out {self.out} holds a run with other arguments ({'; '.join(changed)}): choose another"
-                )
+                fail(f"--out {self.out} holds another run ({'; '.join(changed)}): choose another")
 
     def begin(self, evaluate: nn.Module, width: int, **state) -> None:
         """Makes the directory, or resumes from it.
@@ -1279,9 +1277,7 @@ class Run:
             except torch.OutOfMemoryError as error:
                 size, reason = len(chunks[0][0]), str(error).partition("\n")[0]
             if world() > 1 or size < 4:
-                fail(
-                    f"out of memory at {size} rows a forward: give --micro-batch {max(1, size // 2)} ({reason})"
-                )
+                fail(f"out of memory at {size} rows: give --micro-batch {max(1, size // 2)} ({reason})")
             self.micro = size // 2
             tqdm.write(
                 f"out of memory at {size} rows a forward: going on with --micro-batch {self.micro}",

@@ -313,8 +313,13 @@ def test_damaged_checkpoints_fall_back_or_are_refused(tmp_path, folder, capsys):
 
 def test_two_runs_cannot_share_a_directory(tmp_path, folder, capsys, monkeypatch):
     (tmp_path / "out").mkdir()
-    code = "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); print(flush=True)"
-    command = [sys.executable, "-c", code + "; time.sleep(60)", str(tmp_path / "out" / ".lock")]
+    code = "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX)"
+    command = [
+        sys.executable,
+        "-c",
+        code + "; print(flush=True); time.sleep(60)",
+        str(tmp_path / "out" / ".lock"),
+    ]
     holder = subprocess.Popen(command, stdout=subprocess.PIPE)
     holder.stdout.readline()
     assert train("--data", folder, "--recipe", "demo", "--out", tmp_path / "out") == 2
