@@ -85,9 +85,9 @@ def parser_for(doc: str) -> Parser:
     add("--precision", choices=["bf16", "fp32", "fp64"], help="of the networks; losses are in fp32 or "
         "better (default: bf16 where the hardware has it)")
     add("--compile", action="store_true", help="torch.compile the networks")
-    add("--micro-batch", type=number(int, 0), default=0, help="rows encoded at a time; the loss is that of the "
-        "whole batch, BN statistics are per micro-batch (0: all, or halved where a GPU runs out of memory)")
-    add("--save-minutes", type=number(float, 1e-3), default=15.0, help="between checkpoints; one an epoch too")
+    add("--micro-batch", type=number(int, 0), default=0, help="rows encoded at a time; the loss is that of "
+        "the whole batch, BN statistics are per micro-batch (0: all, halved where memory runs out)")
+    add("--save-minutes", type=number(float, 1e-3), default=15.0, help="between checkpoints")
     add("--log-every", type=number(int, 1), default=50, help="steps")
     add("--knn-every", type=number(int, 0), default=1, help="epochs between kNN tests (0: first and last)")
     add = parser.add_argument_group("views").add_argument

@@ -185,8 +185,8 @@ RECIPES = {
         hidden=2048, dim=256, target=False, ema=0.99,
     ),
     "demo": dict(  # minutes on two cores
-        arch="resnet18", stem="imagenet", size=32, views="cifar", epochs=4, batch_size=128,
-        optimizer="adamw", lr=2e-3, wd=1e-4, warmup=0.4, gamma=3.0, features=0, scale="adaptive",
+        arch="resnet18", stem="imagenet", size=32, views="cifar", epochs=3, batch_size=128,
+        optimizer="adamw", lr=2e-3, wd=1e-4, warmup=0.4, gamma=1.0, features=0, scale="adaptive",
         hidden=1024, dim=256, target=False, ema=0.9, log_every=10, workers=0,
     ),
 }
