@@ -267,7 +267,7 @@ def main(args):
     for step, xs, y in run.steps():
         lr = common.set_lr(optimizer, peak * common.warmup_cosine(step, warmup, run.total))
         with torch.no_grad(), common.autocast(args, run.device):
-            fixed = [target(x).float() for x in xs[:2]] if args.target else []  # (n, d) each
+            fixed = [target(x) for x in xs[:2]] if args.target else []  # (n, d) each
 
         def loss_of(zs, fixed=fixed, step=step):
             zs = torch.cat([zs, *(z[None].to(zs.dtype) for z in fixed)])  # (M, n, d)
