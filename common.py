@@ -1,5 +1,4 @@
-"""What no method varies: arguments, random numbers, views, data, networks, ranks, optimisers, the run
-directory.
+"""What no method varies: arguments, random numbers, views, data, networks, ranks, optimisers, runs.
 
 A method file uses `Run` (set-up, batches, logging, checkpoints), `resnet`, `prepare` and `parallel` (networks
 on their device and over ranks), `all_reduce` and `all_gather` (statistics of the global batch), and
@@ -123,8 +122,7 @@ def parse(parser: Parser, recipes: dict, argv: list[str] | None) -> argparse.Nam
 
 
 def default_precision(device: str) -> str:
-    """bf16 where it is fast: on GPUs that have it and CPUs with AVX-512. Elsewhere it is emulated, 10 to 50
-    times slower."""
+    """bf16 where it is fast: GPUs that have it, CPUs with AVX-512. Emulated, it is 10 to 50 times slower."""
     if device.startswith("cuda"):
         return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
     return "bf16" if torch.backends.cpu.get_cpu_capability() == "AVX512" else "fp32"
@@ -142,8 +140,7 @@ def _wrap(x):
 
 
 def hash64(*parts):
-    """63 random bits for ints or int64 tensors that broadcast: splitmix64's finaliser folded over the
-    parts."""
+    """63 random bits for ints, or int64 tensors that broadcast: splitmix64's finaliser over the parts."""
     x = 0
     for part in parts:
         x = _wrap(x + _wrap((part + 1) * GOLDEN))
@@ -153,8 +150,7 @@ def hash64(*parts):
 
 
 def uniform(seed, epoch, index, k):
-    """The k-th uniform number in [0, 1) of image `index` in `epoch`: ints give a float, int64 tensors
-    float64."""
+    """The k-th uniform in [0, 1) of image `index` in `epoch`; ints give a float, int64 tensors float64."""
     bits = hash64(seed, epoch, index, k) >> 10
     return (bits.double() if isinstance(bits, Tensor) else bits) * 2.0**-53
 
@@ -163,8 +159,7 @@ def uniform(seed, epoch, index, k):
 
 
 class View(NamedTuple):
-    """Distribution of a view: area of the crop, jitter of brightness, contrast, saturation, hue, and
-    probabilities."""
+    """A view's area of the crop, jitter of brightness, contrast, saturation, hue, and probabilities."""
 
     scale: tuple[float, float]
     jitter: tuple[float, float, float, float]
@@ -176,21 +171,17 @@ class View(NamedTuple):
     size: int = 0  # from --size
 
 
-_BYOL, _CIFAR = View((0.08, 1), (0.4, 0.4, 0.2, 0.1)), View((0.2, 1), (0.4, 0.4, 0.4, 0.1))
-_SIMCLR, _AUH = (
-    View((0.08, 1), (0.8, 0.8, 0.8, 0.2), blur=0.5),
-    View((0.08, 1), (0.4, 0.4, 0.4, 0.4), jitter_p=1),
-)
+_BYOL = View((0.08, 1), (0.4, 0.4, 0.2, 0.1))
+_SIMCLR = View((0.08, 1), (0.8, 0.8, 0.8, 0.2), blur=0.5)
+_AUH = View((0.08, 1), (0.4, 0.4, 0.4, 0.4), jitter_p=1)
+_CIFAR = View((0.2, 1), (0.4, 0.4, 0.4, 0.1))
 VIEWS = {  # the two global views of each recipe; byol is vicreg's too
     "byol": (_BYOL._replace(blur=1.0), _BYOL._replace(blur=0.1, solarise=0.2)),
     "simclr": (_SIMCLR, _SIMCLR),
     "auh": (_AUH, _AUH),
     "cifar": (_CIFAR, _CIFAR),
 }
-LOCAL_SCALE, LEAST_GLOBAL = (
-    (0.05, 0.14),
-    0.14,
-)  # SwAV's crops: area of the local ones, least area of the global ones
+LOCAL_SCALE, LEAST_GLOBAL = (0.05, 0.14), 0.14  # SwAV: area of local crops, least area of global ones
 SIGMA, BLUR_RADIUS = (0.1, 2.0), 8  # pixels; the radius is 4 of the largest sigma at every image size
 THRESHOLD = 128 / 255  # of solarisation
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -203,8 +194,7 @@ ORDERS = torch.tensor(list(itertools.permutations(range(4))))
 
 
 def views_for(args: argparse.Namespace) -> list[View]:
-    """The two global views, then the local ones, which are blurred half of the time (if any is) and not
-    solarised."""
+    """The two global views, then the local ones: blurred half of the time (if any is), not solarised."""
     views = [view._replace(size=args.size) for view in VIEWS[args.views]]
     if not args.local_crops:
         return views
@@ -220,8 +210,7 @@ def draw(seed: int, epoch: int, index: Tensor, v: int) -> Tensor:
 
 
 def crop_boxes(u: Tensor, height: Tensor, width: Tensor, scale: tuple[float, float]) -> Tensor:
-    """torchvision's RandomResizedCrop: (top, left, height, width), (n, 4), in images (height, width), (n,)
-    each.
+    """torchvision's RandomResizedCrop: (n, 4) of (top, left, height, width) in images height, width (n,).
 
     u (n, 40 or more): ten tries of (area, aspect ratio, top, left). The first that fits is taken, or else the
     largest centred box with a ratio in [3/4, 4/3].
@@ -240,16 +229,14 @@ def crop_boxes(u: Tensor, height: Tensor, width: Tensor, scale: tuple[float, flo
 
 
 def centre_boxes(height: Tensor, width: Tensor, size: int) -> Tensor:
-    """Evaluation: the centred square of 224/256 of the shorter side, or all of it where that is within
-    `size`."""
+    """Evaluation: the centred square of 224/256 of the shorter side, or of all of it if within `size`."""
     side = torch.minimum(height, width)
     side = torch.where(side <= size, side, (side * 224 / 256).round().long())
     return torch.stack([(height - side) // 2, (width - side) // 2, side, side], 1)
 
 
 def resize_matrix(start: Tensor, length: Tensor, source: int, size: int) -> Tensor:
-    """Antialiased bicubic resize of pixels [start, start + length) of `source` to `size`: (n, size,
-    source)."""
+    """Antialiased bicubic resize, one axis, of [start, start + length) to `size`: (n, size, source)."""
     start, length = start.float()[:, None, None], length.float()[:, None, None]
     scale, pixel = length / size, torch.arange(source, device=start.device)
     centre = start + scale * (torch.arange(size, device=start.device).view(1, size, 1) + 0.5)
@@ -260,13 +247,10 @@ def resize_matrix(start: Tensor, length: Tensor, source: int, size: int) -> Tens
 
 
 def crop(images: Tensor, boxes: Tensor, size: int) -> Tensor:
-    """Crop and resize of uint8 (n, 3, H, W) as two matrix products: (n, 3, size, size) in [0, 1], same
-    device."""
+    """Crop and resize of uint8 (n, 3, H, W) as two matrix products: (n, 3, size, size) in [0, 1]."""
     top, left, h, w = boxes.to(images.device, non_blocking=True).unbind(1)
-    rows, columns = (
-        resize_matrix(top, h, images.shape[2], size),
-        resize_matrix(left, w, images.shape[3], size),
-    )
+    rows = resize_matrix(top, h, images.shape[2], size)
+    columns = resize_matrix(left, w, images.shape[3], size)
     return (rows[:, None] @ (images.float() / 255) @ columns[:, None].mT).clamp_(0, 1)
 
 
@@ -310,8 +294,7 @@ def jitter(x: Tensor, order: Tensor, factor: Tensor) -> Tensor:
 
 @lru_cache(maxsize=8)
 def _shifts(size: int, device: torch.device) -> Tensor:
-    """For each offset within the blur's radius the matrix of that shift, reflecting at borders: (2 R + 1,
-    size^2)."""
+    """The matrix of each shift within the blur's radius, reflecting at borders: (2 R + 1, size^2)."""
     source = torch.arange(size)[None] + torch.arange(-BLUR_RADIUS, BLUR_RADIUS + 1)[:, None]
     source = source.abs() % max(2 * size - 2, 1)
     return F.one_hot(torch.minimum(source, 2 * size - 2 - source), size).float().flatten(1).to(device)
@@ -326,8 +309,7 @@ def gaussian_blur(x: Tensor, sigma: Tensor) -> Tensor:
 
 
 def photometric(u: Tensor, view: View) -> dict[str, Tensor]:
-    """Parameters of everything after the crop, from u (n, 51): (n,) or, of the jitter in order of use, (n,
-    4)."""
+    """Parameters of all after the crop from u (n, 51): (n,), or (n, 4) for the jitter, in order of use."""
     strength, identity = torch.tensor(view.jitter).double(), torch.tensor([1.0, 1.0, 1.0, 0.0]).double()
     low = torch.where(identity > 0, (1 - strength).clamp(min=0), -strength)
     factor = low + u[:, FACTORS] * (identity + strength - low)
@@ -340,8 +322,7 @@ def photometric(u: Tensor, view: View) -> dict[str, Tensor]:
 
 
 def augment(x: Tensor, p: dict[str, Tensor]) -> Tensor:
-    """All after the crop, for (n, 3, S, S) in [0, 1]: flip, jitter, gray, blur, solarise. The result is in
-    [0, 1]."""
+    """All after the crop, (n, 3, S, S) in [0, 1] again: flip, jitter, gray, blur, solarise."""
     x = jitter(torch.where(_column(p["flip"], x), x.flip(3), x), p["order"], p["factor"])
     x = torch.where(_column(p["gray"], x), luma(x), x)
     rows = p["blur"].nonzero()[:, 0]
@@ -382,16 +363,14 @@ MAX_UNREADABLE = 0.01
 
 
 class Pixels(NamedTuple):
-    """Images in memory: images (n, 3, H, W) uint8 on any device, labels (n,) int64 on the CPU, -1 for
-    none."""
+    """Images in memory: (n, 3, H, W) uint8 on any device; labels (n,) int64 on the CPU, -1 for none."""
 
     images: Tensor
     labels: Tensor
 
 
 class Files(NamedTuple):
-    """Image files: their paths in one uint8 tensor, which workers share, and their ends (n,); labels as
-    above."""
+    """Image files: their paths in one uint8 tensor, which workers share, with ends (n,); labels (n,)."""
 
     paths: Tensor
     ends: Tensor
@@ -426,8 +405,7 @@ class Data(NamedTuple):
 
 
 def _walk(root: Path) -> list[bytes]:
-    """Every image file at any depth, sorted. Links are followed, each folder once; hidden files are not
-    images."""
+    """Every image file at any depth, sorted; links are followed, each folder once, hidden files left out."""
     found, stack, seen = [], [os.fsencode(root)], set()
     while stack:
         status = os.stat(folder := stack.pop())
@@ -444,8 +422,7 @@ def _walk(root: Path) -> list[bytes]:
 
 
 def _list_split(folder: Path, classes: list[str]) -> Files:
-    """The files of one split; with classes, each labelled by the folder right below `folder` that it is
-    in."""
+    """The files of one split; with classes, labelled by the folders right below `folder`."""
     paths = _walk(folder)
     if not paths:
         fail(f"no images below {folder}: known are {', '.join(s.decode() for s in SUFFIXES)}")
@@ -473,9 +450,7 @@ def list_folder(root: Path, cache: Path) -> Data:
     classes = [] if train == root or test is None else classes
     if not classes:
         if rank() == 0:
-            print(
-                "no train/ and val/ (or test/) of class folders: no linear probe and no kNN", file=sys.stderr
-            )
+            print("no train/ and val/ (or test/) of class folders: no probe and no kNN", file=sys.stderr)
         return Data(_list_split(train, []), None, [])
     return Data(_list_split(train, classes), _list_split(test, classes), classes)
 
@@ -540,9 +515,7 @@ GLYPHS = {  # signed distances from the outline, in glyph radii, at (a, b) from 
     "square": lambda a, b: torch.maximum(a.abs(), b.abs()) - 0.85,
     "frame": lambda a, b: (torch.maximum(a.abs(), b.abs()) - 0.65).abs() - 0.2,
     "triangle": lambda a, b: torch.maximum(-b, 0.87 * a.abs() + 0.5 * b) - 0.5,
-    "plus": lambda a, b: torch.maximum(
-        torch.minimum(a.abs(), b.abs()) - 0.25, torch.maximum(a.abs(), b.abs()) - 1
-    ),
+    "plus": lambda a, b: torch.maximum(torch.minimum(a.abs(), b.abs()) - 0.25, a.abs() + b.abs() - 1.2),
     "ell": lambda a, b: torch.maximum(torch.maximum(a.abs(), b.abs()) - 0.9, torch.minimum(a, b) + 0.3),
     "bar": lambda a, b: torch.maximum(a.abs() - 1.1, b.abs() - 0.3),
     "crescent": lambda a, b: torch.maximum(a.hypot(b) - 1, 0.8 - (a - 0.5).hypot(b)),
@@ -565,9 +538,8 @@ def draw_glyphs(n: int, split: int) -> Pixels:
             radius, sin, cos = 0.28 + 0.12 * size, (2 * math.pi * turn).sin(), (2 * math.pi * turn).cos()
             a, b = ((x - cx) * cos + (y - cy) * sin) / radius, ((y - cy) * cos - (x - cx) * sin) / radius
             mask = (0.5 - distance(a, b) * radius * 16).clamp(0, 1)[:, None]  # an edge one pixel wide
-            red = torch.cat([torch.ones_like(hue), 0.7 * (1 - saturation), 0.7 * (1 - saturation)], 1)[
-                ..., None
-            ]
+            pale = 0.7 * (1 - saturation)
+            red = torch.stack([torch.ones_like(pale), pale, pale], 1)  # (m, 3, 1, 1)
             colour = shift_hue(red, 0.1 * kind + 0.3 * (hue - 0.5)) * (0.3 + 0.7 * value[:, None])
             mine += mask * (colour - mine)
         images[labels == kind] = mine
@@ -597,8 +569,7 @@ def load_small(data: Data, device: torch.device) -> Data:
 
 
 class Batches:
-    """(epoch, index (n,)) of every step from `start`: rank r has rows r n .. (r + 1) n - 1 of the global
-    batch."""
+    """(epoch, index (n,)) of steps start .. stop - 1: rank r has rows r n .. (r + 1) n - 1 of the batch."""
 
     def __init__(self, images: int, batch: int, seed: int, start: int, stop: int):
         self.images, self.batch, self.seed, self.start, self.stop = images, batch, seed, start, stop
@@ -651,9 +622,7 @@ def _same(batch):
 
 
 def _start_worker(_: int) -> None:
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # signals are the main process's to answer: it ends its workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process answers signals, and ends its workers
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
@@ -661,8 +630,7 @@ def _start_worker(_: int) -> None:
 def crop_batches(
     split: Pixels | Files, batches, sizes: list[int], boxes, args: argparse.Namespace, device: torch.device
 ):
-    """Yields (epoch, index (n,), cuts, labels (n,)): cuts[v](rows) are crops of view v in [0, 1], on the
-    device.
+    """Yields (epoch, index (n,), cuts, labels (n,)): cuts[v](rows) are crops of view v in [0, 1] on device.
 
     From files, workers decode and crop; pixels in memory are cropped where they are.
     """
@@ -671,10 +639,7 @@ def crop_batches(
             images = split.images[index.to(device, non_blocking=True)]
             height, width = (torch.full_like(index, side) for side in images.shape[2:])
             found = zip(boxes(epoch, index, height, width), sizes, strict=True)
-            cuts = [
-                lambda rows, i=images, box=box, size=size: crop(i[rows], box[rows], size)
-                for box, size in found
-            ]
+            cuts = [lambda rows, i=images, b=b, size=size: crop(i[rows], b[rows], size) for b, size in found]
             yield epoch, index, cuts, split.labels[index]
         return
     loader = torch.utils.data.DataLoader(
@@ -706,23 +671,18 @@ class _CentreBox(NamedTuple):
 def view_batches(
     split: Pixels | Files, args: argparse.Namespace, device: torch.device, start: int, stop: int
 ):
-    """Yields ([x1, x2, local crops...], y) for steps start .. stop - 1: views (n, 3, S, S), normalised, and
-    labels."""
+    """Yields ([x1, x2, local crops...], y) of steps start .. stop - 1: (n, 3, S, S) and (n,)."""
     views = views_for(args)
+    sizes, boxes = [view.size for view in views], _RandomBoxes(args.seed, views)
     batches = Batches(len(split.labels), args.batch_size, args.seed, start, stop)
-    source = crop_batches(
-        split, batches, [v.size for v in views], _RandomBoxes(args.seed, views), args, device
-    )
-    for epoch, index, cuts, y in source:
-        xs = [
-            make_view(cut, draw(args.seed, epoch, index, v), views[v], device) for v, cut in enumerate(cuts)
-        ]
+    for epoch, index, cuts, y in crop_batches(split, batches, sizes, boxes, args, device):
+        us = (draw(args.seed, epoch, index, v) for v in range(len(views)))
+        xs = [make_view(cut, u, view, device) for cut, u, view in zip(cuts, us, views, strict=True)]
         yield xs, y.to(device, non_blocking=True)
 
 
 def centre_batches(split: Pixels | Files, index: Tensor, args: argparse.Namespace, device: torch.device):
-    """Yields (x (n, 3, size, size), y (n,)) on the device: centre crops of images `index`, in order, 256 at a
-    time."""
+    """Yields (x (n, 3, size, size), y (n,)): centre crops of images `index`, in order, 256 at a time."""
     batches = [(0, chunk) for chunk in index.split(256)]
     for _, _, (cut,), y in crop_batches(split, batches, [args.size], _CentreBox(args.size), args, device):
         yield normalise(cut(slice(None))), y.to(device)
@@ -745,15 +705,13 @@ def resnet(arch: str, stem: str | None = "imagenet", zero_init: bool = False) ->
 
 
 def per_view(net: nn.Module, xs: list[Tensor]) -> list[Tensor]:
-    """`net` of each view: the two global views a forward each (BN statistics are per view), all local crops
-    in one."""
+    """`net` of each view: a forward for each global view (BN statistics are per view), one for local ones."""
     outs = [net(x) for x in xs[:2]]
     return outs + list(net(torch.cat(xs[2:])).chunk(len(xs) - 2)) if len(xs) > 2 else outs
 
 
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """nn.SyncBatchNorm for CPU tensors, which torch's refuses: statistics of all ranks, in float32 or
-    better."""
+    """nn.SyncBatchNorm for CPU tensors, which torch's refuses: statistics of all ranks, float32 or better."""
 
     def _check_input_dim(self, x: Tensor) -> None:
         pass
@@ -777,9 +735,8 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 def prepare(net: nn.Module, args: argparse.Namespace, device: torch.device) -> nn.Module:
     """To the device and precision, channels last, BN synchronised over ranks."""
-    net = net.to(
-        device, torch.float64 if args.precision == "fp64" else None, memory_format=torch.channels_last
-    )
+    dtype = torch.float64 if args.precision == "fp64" else None
+    net = net.to(device, dtype, memory_format=torch.channels_last)
     if world() > 1 and device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(net)
     for module in net.modules() if world() > 1 else ():
@@ -802,8 +759,7 @@ def parallel(net: nn.Module, args: argparse.Namespace, device: torch.device) -> 
 
 @torch.no_grad()
 def ema_update(average: nn.Module, net: nn.Module, momentum: float) -> None:
-    """average <- momentum average + (1 - momentum) net, for parameters and BN statistics; counters are
-    copied."""
+    """average <- momentum average + (1 - momentum) net: parameters and BN statistics; counters are copied."""
     mine = [*average.parameters(), *average.buffers()]
     pairs = list(zip(mine, [*net.parameters(), *net.buffers()], strict=True))
     floats = [(a, b) for a, b in pairs if a.is_floating_point()]
@@ -861,8 +817,7 @@ def all_reduce(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def all_gather(x: Tensor) -> Tensor:
-    """Rows of all ranks in rank order, (W n, ...), without gradient, for x (n, ...) with the same n
-    everywhere."""
+    """Rows of all ranks in rank order, (W n, ...), without gradient; x (n, ...), the same n everywhere."""
     if not dist.is_initialized():
         return x.detach()
     out = x.new_empty(world() * len(x), *x.shape[1:])
@@ -885,12 +840,11 @@ def start_ranks(args: argparse.Namespace) -> torch.device:
         fail("--precision fp64 is for exactness tests on the CPU: add --device cpu")
     if args.batch_size % world() or args.batch_size // world() < 2:
         fail(
-            f"--batch-size {args.batch_size} on {world()} ranks: it must divide, with 2 images or more a rank"
+            f"--batch-size {args.batch_size} on {world()} ranks: it must divide, into 2 images or more a rank"
         )
     if device.type == "cuda":
-        device = torch.device(
-            "cuda", int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
-        )
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        device = torch.device("cuda", local if device.index is None else device.index)
         torch.cuda.set_device(device)
     if world() > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -903,8 +857,7 @@ def start_ranks(args: argparse.Namespace) -> torch.device:
 class LARS(torch.optim.Optimizer):
     """SGD with momentum, layer by layer in proportion: gradients are scaled by trust |weights| / |gradient|.
 
-    You, Gitman, Ginsburg 2017. Groups with adapt=False (biases, norms) are not scaled. No value leaves the
-    device.
+    You, Gitman, Ginsburg 2017. Groups with adapt=False (biases, norms) are not scaled.
     """
 
     def __init__(self, params, lr: float, momentum: float = 0.9, trust: float = 1e-3):
@@ -917,10 +870,7 @@ class LARS(torch.optim.Optimizer):
             grads = [p.grad for p in params]
             if params and group["adapt"]:
                 grads = torch._foreach_add(grads, params, alpha=group["weight_decay"])
-                p_norm, g_norm = (
-                    torch.stack(torch._foreach_norm(params)),
-                    torch.stack(torch._foreach_norm(grads)),
-                )
+                p_norm, g_norm = (torch.stack(torch._foreach_norm(tensors)) for tensors in (params, grads))
                 ratio = torch.where((p_norm > 0) & (g_norm > 0), group["trust"] * p_norm / g_norm, 1.0)
                 torch._foreach_mul_(grads, list(ratio.unbind()))
             for p in params:
@@ -964,12 +914,9 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> float:
 def features(
     backbone: nn.Module, split: Pixels | Files, index: Tensor, args: argparse.Namespace, device: torch.device
 ):
-    """L2-normalised float32 features (m, D) and labels (m,) of images `index` of a split, the same on every
-    rank."""
-    mine = torch.cat([index, index[:1].expand(-len(index) % world())])[
-        rank() :: world()
-    ]  # equal shards, padded
-    found = []
+    """L2-normalised float32 features (m, D) and labels (m,) of images `index`, the same on every rank."""
+    padded = torch.cat([index, index[:1].expand(-len(index) % world())])  # to equal shards
+    mine, found = padded[rank() :: world()], []
     backbone.eval()
     for x, y in centre_batches(split, mine, args, device):
         with autocast(args, device):
@@ -977,17 +924,14 @@ def features(
         found.append((F.normalize(h.float(), dim=1), y))
     backbone.train()
     h, y = (all_gather(torch.cat(t)) for t in zip(*found, strict=True))
-    back = (
-        torch.arange(len(h), device=device).view(world(), -1).mT.flatten()[: len(index)]
-    )  # from shards to order
-    return h[back], y[back]
+    order = torch.arange(len(h), device=device).view(world(), -1).mT.flatten()[: len(index)]
+    return h[order], y[order]
 
 
 def knn_accuracy(
     bank: Tensor, bank_y: Tensor, h: Tensor, y: Tensor, k: int = 20, temperature: float = 0.07
 ) -> float:
-    """Share of queries h (m, D) whose cosine-weighted vote of k neighbours in bank (n, D) is right (Wu et al.
-    2018)."""
+    """Share of queries h (m, D) that a cosine-weighted vote in bank (n, D) gets right (Wu et al. 2018)."""
     right, classes = 0, int(max(bank_y.max(), y.max())) + 1
     for rows in torch.arange(len(h), device=h.device).split(1024):
         similarity, at = (h[rows] @ bank.mT).topk(min(k, len(bank)))
@@ -1005,15 +949,13 @@ def spectrum(z: Tensor) -> Tensor:
 
 
 def effective_rank(z: Tensor) -> float:
-    """RankMe, the exponential of the entropy of `spectrum`: 1 where all rows of z are one point, at most
-    d."""
+    """RankMe, the exponential of the entropy of `spectrum`: 1 where all rows are one point, at most d."""
     s = spectrum(z)
     return float(torch.exp(-torch.special.xlogy(s, s).sum()))
 
 
 class Probe(nn.Module):
-    """Online linear classifier on detached, L2-normalised features, standardised by a BN without
-    parameters."""
+    """Online linear classifier on detached, L2-normalised features, after a BN without parameters."""
 
     def __init__(self, width: int, classes: int, args: argparse.Namespace, device: torch.device):
         super().__init__()
@@ -1045,12 +987,11 @@ class Probe(nn.Module):
 
 
 class Run:
-    """One training run: checks of what the user asked, the directory, batches, log, checkpoints, bar and
-    signals.
+    """One training run: checks of what was asked, the directory, batches, log, checkpoints, bar, signals.
 
         run = Run(args, __file__)                # errors of use are raised here, before anything is written
-        run.begin(evaluate=backbone, width=512, model=model, optimizer=optimizer)   # makes or resumes the
-        directory for step, xs, y in run.steps():          # views on the device and labels
+        run.begin(backbone, width, model=model, optimizer=optimizer)    # makes the directory, or resumes
+        for step, xs, y in run.steps():          # views and labels, on the device
             loss, terms, h, zs = run.backward(model, xs, loss_of)
             run.log(loss, terms, lr, h, zs[0], y)
 
@@ -1083,18 +1024,17 @@ class Run:
         else:
             now = json.loads(json.dumps(vars(self.args)))
             keys = sorted((now.keys() | saved.keys()) - self.FREE)
-            changed = [
-                f"{key} {saved.get(key)} -> {now.get(key)}" for key in keys if saved.get(key) != now.get(key)
-            ]
+            pairs = ((key, saved.get(key), now.get(key)) for key in keys)
+            changed = "; ".join(f"{key} {old} -> {new}" for key, old, new in pairs if old != new)
             if changed:
-                fail(f"--out {self.out} holds another run ({'; '.join(changed)}): choose another")
+                fail(f"--out {self.out} holds another run ({changed}): choose another")
 
     def begin(self, evaluate: nn.Module, width: int, **state) -> None:
         """Makes the directory, or resumes from it.
 
-        evaluate: the backbone (`width` features) that is watched and exported; state: all that belongs in a
-        checkpoint.
+        evaluate: the backbone (`width` features) that is watched and exported; state: for the checkpoint.
         """
+        barrier()  # every rank has checked the directory
         self.data = load_small(self.data, self.device)
         self.backbone, self.state, self.pending, self.knn, self.probe = evaluate, state, None, [], None
         if self.data.test:
@@ -1112,14 +1052,11 @@ class Run:
                     test = self.data.test[:3] if self.data.test else None
                     listing = dict(train=self.data.train[:3], test=test, classes=self.data.classes)
                     self._write("files.pt", lambda file: torch.save(listing, file))
-                self._write(
-                    "args.json", lambda file: file.write(json.dumps(vars(self.args), indent=1).encode())
-                )
+                text = json.dumps(vars(self.args), indent=1)
+                self._write("args.json", lambda file: file.write(text.encode()))
         except OSError as error:
             fail(f"--out {self.out} cannot be written: {error.strerror or error}")
-        self.votes = (
-            dist.new_group(backend="gloo") if world() > 1 else None
-        )  # signals: agreed on without the GPU
+        self.votes = dist.new_group(backend="gloo") if world() > 1 else None  # on signals, without the GPU
         signals = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
         self.handlers = {name: signal.signal(name, self._on_signal) for name in signals}
 
@@ -1160,8 +1097,7 @@ class Run:
             fail(f"step {self.step} cannot be saved in {self.out} ({error}); the checkpoint before is kept")
 
     def _resume(self) -> None:
-        """Loads the newest whole checkpoint: torch.load does not notice flipped bits, the archive's CRCs
-        do."""
+        """Loads the newest whole checkpoint: torch.load does not notice flipped bits, archive CRCs do."""
         damaged, saved = [], None
         for path in (self.out / "checkpoint.pt", self.out / "checkpoint-previous.pt"):
             try:
@@ -1188,15 +1124,13 @@ class Run:
             os.replace(self.out / "checkpoint-previous.pt", self.out / "checkpoint.pt")
         ranks = "" if saved["world"] == world() else f", saved on {saved['world']} ranks, now {world()}"
         print(f"{self.out}: resuming at step {self.step} of {self.total}{ranks}", file=sys.stderr)
-        lines = (
-            (self.out / "log.jsonl").read_text().splitlines(True) if (self.out / "log.jsonl").exists() else []
-        )
-        kept = "".join(line for line in lines if _step_of(line) <= self.step)
-        self._write("log.jsonl", lambda file: file.write(kept.encode()))
+        if (self.out / "log.jsonl").exists():
+            lines = (self.out / "log.jsonl").read_text().splitlines(True)
+            kept = "".join(line for line in lines if _step_of(line) <= self.step)
+            self._write("log.jsonl", lambda file: file.write(kept.encode()))
 
     def steps(self):
-        """Yields (step, [views], labels) from where the run stands to its end; evaluates and saves
-        between."""
+        """Yields (step, [views], labels) from where the run stands to the end; evaluates, saves between."""
         if rank() == 0:
             from torch.utils.tensorboard import SummaryWriter  # slow to import
 
@@ -1217,7 +1151,7 @@ class Run:
                 self._between_steps()
             self.bar.close()
             self._summary()
-        finally:
+        finally:  # of the run, or of its generator where an error ends the loop
             self.bar.close()
             for name, handler in self.handlers.items():
                 signal.signal(name, handler)
@@ -1253,19 +1187,15 @@ class Run:
         self.bar.close()
         if rank() == 0:
             name = signal.Signals(int(asked)).name
-            print(
-                f"{name}: saved {self.out} at step {self.step} of {self.total}, the same command resumes",
-                file=sys.stderr,
-            )
+            where = f"{self.out} at step {self.step} of {self.total}"
+            print(f"{name}: saved {where}, the same command resumes", file=sys.stderr)
         raise SystemExit(130 if asked == signal.SIGINT else 0)
 
     def backward(self, model: nn.Module, xs: list[Tensor], loss_of) -> tuple:
-        """Gradients of loss_of(zs) -> (loss, terms), where model(xs) -> (h, zs), stacks (v, n, ...) of all
-        views.
+        """Gradients of loss_of(zs) -> (loss, terms), where model(xs) -> (h, zs), (v, n, ...) for all views.
 
         In micro-batches, zs is computed without graph, then dL/dzs of the whole batch, then micro-batches
-        again with graph: the loss is that of the whole batch. Returns loss, terms, h (n, D) of view 1 and zs,
-        detached.
+        again with graph: the loss is that of the whole batch. Returns loss, terms, h (n, D) of view 1 and zs.
         """
         while True:
             parts = math.ceil(len(xs[0]) / self.micro) if self.micro else 1
@@ -1279,10 +1209,7 @@ class Run:
             if world() > 1 or size < 4:
                 fail(f"out of memory at {size} rows: give --micro-batch {max(1, size // 2)} ({reason})")
             self.micro = size // 2
-            tqdm.write(
-                f"out of memory at {size} rows a forward: going on with --micro-batch {self.micro}",
-                file=sys.stderr,
-            )
+            tqdm.write(f"out of memory at {size} rows: going on with --micro-batch {self.micro}", sys.stderr)
             _restore(model, buffers)
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -1311,8 +1238,7 @@ class Run:
         return loss.detach(), terms, torch.cat([h[0] for h in hs]), zs.detach()
 
     def log(self, loss: Tensor, terms: dict[str, Tensor], lr: float, h: Tensor, z: Tensor, y: Tensor) -> None:
-        """After the optimiser's step: the online probe, the check for non-finite values, a record every
-        --log-every.
+        """After the optimiser's step: online probe, check for non-finite values, a record every --log-every.
 
         h (n, D) features and z (n, d) embeddings of view 1, y (n,) labels.
         """
@@ -1362,9 +1288,8 @@ class Run:
             return
         try:
             with open(self.out / "log.jsonl", "a") as file:
-                file.write(
-                    json.dumps(dict(step=step, epoch=round(step / self.epoch_steps, 3), **values)) + "\n"
-                )
+                record = dict(step=step, epoch=round(step / self.epoch_steps, 3), **values)
+                file.write(json.dumps(record) + "\n")
         except OSError as error:
             fail(f"{self.out}/log.jsonl cannot be written ({error.strerror}); the last checkpoint is kept")
         for name, value in values.items():
@@ -1376,11 +1301,12 @@ class Run:
             return
         begun, found = time.monotonic(), []
         for split, most in ((self.data.train, 25_000), (self.data.test, 10_000)):
-            n = len(split.labels)
-            index = torch.arange(min(n, most)) * n // min(n, most)  # evenly spread
+            known = (split.labels >= 0).nonzero()[:, 0]
+            n = min(len(known), most)
+            index = known[torch.arange(n) * len(known) // n]  # evenly spread
             found += features(self.backbone, split, index, self.args, self.device)
         bank, bank_y, h, y = found
-        self.knn.append((self.step, knn_accuracy(bank[bank_y >= 0], bank_y[bank_y >= 0], h, y)))
+        self.knn.append((self.step, knn_accuracy(bank, bank_y, h, y)))
         seconds = time.monotonic() - begun
         self.record(self.step, knn=self.knn[-1][1], probe=self.probe.accuracy(h, y), seconds=seconds)
         self.clock += seconds  # not training time
@@ -1394,9 +1320,8 @@ class Run:
             first, last = 100 * self.knn[0][1], 100 * self.knn[-1][1]
             print(f"kNN accuracy: {first:.1f} % at initialisation, {last:.1f} % now")
         print(f"{self.out}: backbone.pth (torchvision's names), checkpoint.pt, log.jsonl, args.json")
-        print(
-            f"next: tensorboard --logdir {self.out}\n      python {self.script.name} --data /path/to/images"
-        )
+        print(f"next: tensorboard --logdir {self.out}")
+        print(f"      python {self.script.name} --data /path/to/images")
 
 
 @torch.no_grad()

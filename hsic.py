@@ -136,7 +136,7 @@ class KernelScale(nn.Module):
         self.optimizer = torch.optim.Adam([self.c], 3e-4)
 
     def forward(self, zs: Tensor, seed: int, step: int) -> Tensor:
-        """c for this step's loss, from zs (M, n, d) detached; `adam` then takes a step, for the next."""
+        """c for this step's loss, from zs (M, n, d) detached; with `adam`, also its gradient."""
         if self.kernel == "linear":
             return self.c.detach()
         r2 = self.squared_distances(zs.detach(), seed, step)
@@ -147,14 +147,12 @@ class KernelScale(nn.Module):
             with torch.no_grad():
                 self.c.copy_(c2.clamp(min=1e-8).sqrt())
             return self.c.detach().clone()
-        c = self.c.detach().clone()
         if self.kernel == "imq":
             sensitivity = self.c.log() - 1.5 * (self.c**2 + r2).log().mean()
         else:
             sensitivity = -2 * self.c.log() - r2.mean() / (2 * self.c**2)
         self.c.grad = torch.autograd.grad(-sensitivity, self.c)[0]
-        self.optimizer.step()
-        return c
+        return self.c.detach().clone()
 
     def squared_distances(self, zs: Tensor, seed: int, step: int) -> Tensor:
         """|z_a - z_b|^2 of random pairs of rows of all ranks, the same on every rank: (pairs,)."""
@@ -277,6 +275,7 @@ def main(args):
 
         loss, terms, h, zs = run.backward(model, xs, loss_of)
         optimizer.step()
+        scale.optimizer.step()
         if args.target:
             progress = (1 + math.cos(math.pi * step / run.total)) / 2
             common.ema_update(target[0], online.backbone, 1 - (1 - args.tau) * progress)

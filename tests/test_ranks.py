@@ -25,7 +25,10 @@ def loss_and_gradients(dtype):
     for mode in MODES:
         mine = zs.clone().requires_grad_()
         scales = [hsic.KernelScale(mode["kernel"], how).to(dtype) for how in ("adaptive", "adam")]
-        cs = [scale(mine, 0, step) for scale in scales for step in range(2)]
+        cs = []
+        for scale, step in ((scale, step) for scale in scales for step in range(2)):
+            cs.append(scale(mine, 0, step).clone())
+            scale.optimizer.step()
         loss, terms = hsic.hsic_loss(mine, cs[0], **mode, seed=1, step=2)
         loss.backward()
         found.append((loss.detach(), mine.grad / world, torch.stack(cs), torch.stack(list(terms.values()))))

@@ -169,7 +169,7 @@ def test_folders_without_labels_and_of_one_class_train(layout, tmp_path, folder,
             data, 32, splits=("train",) if layout == "no val" else ("train", "test"), classes=("only",)
         )
     assert train("--data", data, "--recipe", "demo", "--out", tmp_path / "out", "--epochs", "1") == 0
-    assert ("no linear probe and no kNN" in capsys.readouterr().err) == (layout != "one class")
+    assert ("no probe and no kNN" in capsys.readouterr().err) == (layout != "one class")
 
 
 def test_demo_separates_the_kinds_far_better_than_at_initialisation(tmp_path):
