@@ -66,8 +66,8 @@ def number(kind: type, low: float, high: float = 1e9):
     return parse
 
 
-def parser_for(doc: str) -> Parser:
-    """The flags every method has. Those without a default here take it from the recipe."""
+def parser_for(doc: str, lr: str = "for 256 images, times batch-size / 256") -> Parser:
+    """The flags every method has; those without a default here take it from the recipe. lr: what --lr is."""
     parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     # fmt: off
     add = parser.add_argument_group("data and run").add_argument
@@ -97,7 +97,7 @@ def parser_for(doc: str) -> Parser:
     add("--arch", help="a ResNet of torchvision.models, e.g. resnet18, resnet50, wide_resnet50_2")
     add("--stem", choices=["imagenet", "cifar"], help="cifar: first convolution 3x3, stride 1, no pooling")
     add("--optimizer", choices=["lars", "sgd", "adamw"])
-    add("--lr", type=number(float, 0, 1e6), help="peak learning rate for 256 images, times batch-size / 256")
+    add("--lr", type=number(float, 0, 1e6), help=f"peak learning rate, {lr}")
     add("--wd", type=number(float, 0, 1e3), help="weight decay, not of biases and norms")
     add("--warmup", type=number(float, 0), help="epochs of linear warm-up; then cosine to 0")
     # fmt: on
@@ -704,6 +704,14 @@ def resnet(arch: str, stem: str | None = "imagenet", zero_init: bool = False) ->
     return net, width
 
 
+def mlp(*sizes: int, norm: bool = True) -> nn.Sequential:
+    """Linear, BN (with `norm`), ReLU for each hidden size; the last layer is linear without bias."""
+    layers = []
+    for inputs, outputs in zip(sizes[:-2], sizes[1:-1], strict=True):
+        layers += [nn.Linear(inputs, outputs), nn.BatchNorm1d(outputs) if norm else nn.Identity(), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(sizes[-2], sizes[-1], bias=False))
+
+
 def per_view(net: nn.Module, xs: list[Tensor]) -> list[Tensor]:
     """`net` of each view: a forward for each global view (BN statistics are per view), one for local ones."""
     outs = [net(x) for x in xs[:2]]
@@ -894,11 +902,11 @@ def optimizer_for(net: nn.Module, args: argparse.Namespace) -> torch.optim.Optim
     return torch.optim.AdamW([weights, others], args.lr, fused=True)
 
 
-def warmup_cosine(step: int, warmup: float, total: int) -> float:
-    """Linear up to 1 over `warmup` steps, then half a cosine down to 0 at `total`."""
+def warmup_cosine(step: int, warmup: float, total: int, first: float = 0.0, last: float = 0.0) -> float:
+    """Linear from `first` up to 1 over `warmup` steps, then half a cosine down to `last` at `total`."""
     if step < warmup:
-        return (step + 1) / (warmup + 1)
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+        return first + (1 - first) * (step + 1) / (warmup + 1)
+    return last + (1 - last) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> float:

@@ -228,20 +228,14 @@ def get_args(argv=None):
 # -------------------------------------------------------------------------------------------- model
 
 
-def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Linear(inputs, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, outputs, bias=False)
-    )
-
-
 class Online(nn.Module):
     """Backbone, projector and, with a target network, predictor."""
 
     def __init__(self, args):
         super().__init__()
         self.backbone, self.width = common.resnet(args.arch, args.stem)
-        self.projector = mlp(self.width, args.hidden, args.dim)
-        self.predictor = mlp(args.dim, args.hidden, args.dim) if args.target else nn.Identity()
+        self.projector = common.mlp(self.width, args.hidden, args.dim)
+        self.predictor = common.mlp(args.dim, args.hidden, args.dim) if args.target else nn.Identity()
 
     def forward(self, xs: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Features (v, n, D) and predictions, or without target projections, (v, n, d) of the views."""
@@ -253,7 +247,8 @@ class Online(nn.Module):
 def main(args):
     run = common.Run(args, __file__)
     online = common.prepare(Online(args), args, run.device)
-    target = copy.deepcopy(nn.Sequential(online.backbone, online.projector)).requires_grad_(False)
+    target = copy.deepcopy(nn.Sequential(online.backbone, online.projector)) if args.target else nn.Identity()
+    target.requires_grad_(False)
     average = copy.deepcopy(online.backbone).requires_grad_(False)
     scale = common.prepare(KernelScale(args.kernel, args.scale), args, run.device)
     optimizer = common.optimizer_for(online, args)

@@ -6,7 +6,10 @@ import torch.distributed as dist
 from conftest import TINY
 
 import common
+import corinfomax
 import hsic
+import mmd_sphere
+import music
 
 MODES = [
     dict(kernel="imq", f=64),
@@ -47,6 +50,55 @@ def test_loss_gradient_and_scale_are_those_of_one_process(dtype, tolerance, on_r
             got = torch.cat([r[i][1] for r in ranks], 1)
             assert (got - grad).norm() < tolerance * max(1, grad.norm()), MODES[i]
             assert (got - grad).norm() < 30 * tolerance * grad.norm(), MODES[i]
+
+
+OTHERS = {
+    "music, by P": lambda zs: music.music_loss(zs[0], zs[1], 4),
+    "music, by rows": lambda zs: music.music_loss(zs[0].repeat(1, 16), zs[1].repeat(1, 16), 16),
+    "music, one segment": lambda zs: music.music_loss(zs[0], zs[1], 12),
+    "legendre": lambda zs: mmd_sphere.mmd_sphere_loss(zs, 10.0, [1, 2, 3]),
+    "uniformity": lambda zs: mmd_sphere.mmd_sphere_loss(zs, 1.0, [], "rbf", log=True),
+    "quadratic": lambda zs: mmd_sphere.mmd_sphere_loss(zs, 1.0, [], "quadratic"),
+}
+OBJECTIVES = ["corinfomax", "ldmi"]
+
+
+def other_losses(dtype):
+    """For each loss of the other methods: value, gradient for this rank's rows as DDP averages it, and terms."""
+    torch.manual_seed(0)
+    zs, world = torch.randn(3, 16, 12).to(dtype), common.world()
+    zs = (zs + 0.5 * zs.mean(0)).chunk(world, 1)[common.rank()].contiguous()
+    losses = dict(OTHERS)
+    states = []
+    for objective in OBJECTIVES:
+        criterion = corinfomax.CorInfoMax(12, 0.3, 0.2, 1e-3, objective=objective)
+        criterion(*torch.nn.functional.normalize(zs[1:] ** 3, dim=2), 2.0)  # a state that is not the first
+        losses[objective] = lambda zs, c=criterion: c(*torch.nn.functional.normalize(zs[:2], dim=2), 2.0)
+        states.append(criterion)
+    found = []
+    for loss_of in losses.values():
+        mine = zs.clone().requires_grad_()
+        loss, terms = loss_of(mine)
+        loss.backward()
+        found.append((loss.detach(), mine.grad / world, torch.stack(list(terms.values()))))
+    return found, [torch.cat([c.mu.flatten(), c.R.flatten(), c.R12.flatten()]) for c in states]
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.float64, 1e-10)])
+def test_the_other_losses_are_those_of_one_process(dtype, tolerance, on_ranks):
+    one, states = other_losses(dtype)
+    for world in (2, 4):
+        ranks = on_ranks(other_losses, world, dtype)
+        for i, (loss, grad, terms) in enumerate(one):
+            name = [*OTHERS, *OBJECTIVES][i]
+            assert all(abs(r[0][i][0] - loss) < tolerance * max(1, abs(loss)) for r in ranks), name
+            assert all(torch.allclose(r[0][i][2], terms, rtol=tolerance, atol=tolerance) for r in ranks), name
+            got = torch.cat([r[0][i][1] for r in ranks], 1)
+            assert (got - grad).norm() < tolerance * max(1, grad.norm()), name
+            assert (got - grad).norm() < 30 * tolerance * grad.norm(), name
+        for i, state in enumerate(states):
+            assert all(torch.equal(r[1][i], ranks[0][1][i]) for r in ranks)
+            assert torch.allclose(ranks[0][1][i], state, atol=max(1e-12, tolerance / 10))
 
 
 def moved_numbers(n):

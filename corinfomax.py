@@ -1,0 +1,197 @@
+"""CorInfoMax: self-supervised learning with an information maximisation criterion.
+
+Log-determinant mutual information between the two views; its approximation is the training objective:
+
+    L = alpha mse(z1, z2) - (logdet(R1 + eps I) + logdet(R2 + eps I)) / d
+
+with a mean and covariance per view that are recursive over batches, of L2-normalised embeddings:
+
+    mu <- lam_mu mu + (1 - lam_mu) mean(z),     R <- lam_R R + (1 - lam_R) (z - mu)^T (z - mu) / N     (with
+    the new mu)
+
+and, with --objective ldmi, what it approximates: L = -2/d (logdet(R1 + eps I) - logdet(R1 - R12 (R2 + eps
+I)^-1 R12^T + eps I)).
+
+Ozsoy, Hamdan, Arik, Yuret, Erdogan, NeurIPS 2022, arXiv 2209.07999. Official code:
+serdarozsoy/corinfomax-ssl.
+
+    python corinfomax.py                                            built-in images, minutes on a CPU
+    torchrun --nproc_per_node 8 corinfomax.py --data /imagenet      the published recipe
+
+Other than in the official code: R and mu are in the checkpoint, in float64, and of the batch of all ranks;
+the log-determinant is by Cholesky.
+"""
+
+import argparse
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import common
+
+# ----------------------------------------------------------------------------------------- the loss
+
+
+class CorInfoMax(nn.Module):
+    """The loss with its state: mu (2, d), R (2, d, d) of the views and R12 (d, d), float64, the same on every
+    rank.
+
+    A call in training mode moves the state; gradient flows through this batch's share of it alone.
+    """
+
+    def __init__(self, d, forget_R=0.01, forget_mu=0.01, eps=1e-8, r0=1.0, objective="corinfomax"):
+        super().__init__()
+        self.forget_R, self.forget_mu, self.eps, self.objective = forget_R, forget_mu, eps, objective
+        self.register_buffer("mu", torch.zeros(2, d, dtype=torch.float64))
+        self.register_buffer("R", r0 * torch.eye(d, dtype=torch.float64).repeat(2, 1, 1))
+        self.register_buffer("R12", torch.zeros(d, d, dtype=torch.float64))
+
+    def forward(self, z1: Tensor, z2: Tensor, alpha: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """L of normalised z1, z2 (n, d), over all ranks, and its terms."""
+        n, d = z1.shape
+        N, z = n * common.world(), torch.stack([z1, z2]).double()  # (2, n, d)
+        invariance = common.all_reduce(F.mse_loss(z[0], z[1], reduction="sum")) / (N * d)
+        mean = common.all_reduce(z.sum(1)) / N
+        mu = self.forget_mu * self.mu + (1 - self.forget_mu) * mean  # (2, d)
+        R = self.forget_R * self.R + (1 - self.forget_R) * self.moment(z, z, mean, mu, N)  # (2, d, d)
+        R12 = self.R12
+        if self.objective == "ldmi":
+            cross = self.moment(z[0], z[1], mean, mu, N)
+            R12 = self.forget_R * self.R12 + (1 - self.forget_R) * cross
+            schur = R[0] - R12 @ torch.linalg.solve(self.regular(R[1]), R12.mT)
+            information = 2 / d * (self.logdet(R[0]) - self.logdet((schur + schur.mT) / 2))
+            loss, terms = -information, dict(invariance=invariance, information=information)
+        else:
+            big_bang = -(self.logdet(R[0]) + self.logdet(R[1])) / d
+            loss, terms = alpha * invariance + big_bang, dict(invariance=invariance, big_bang=big_bang)
+        if self.training:
+            self.mu, self.R, self.R12 = mu.detach(), R.detach(), R12.detach()
+        return loss, {name: term.detach() for name, term in terms.items()}
+
+    def moment(self, x: Tensor, y: Tensor, mean: Tensor, mu: Tensor, N: int) -> Tensor:
+        """(x - mu_x)^T (y - mu_y) / N over all ranks, from sums that are the same on each: x, y (..., n,
+        d)."""
+        (m1, m2), (mu1, mu2) = (mean, mu) if x.ndim == 2 else ((mean, mean), (mu, mu))
+        outer = lambda a, b: a.unsqueeze(-1) * b.unsqueeze(-2)
+        raw = common.all_reduce(x.mT @ y) / N
+        return raw - outer(m1, mu2) - outer(mu1, m2) + outer(mu1, mu2)
+
+    def regular(self, R: Tensor) -> Tensor:
+        return R + self.eps * torch.eye(len(R), dtype=R.dtype, device=R.device)
+
+    def logdet(self, R: Tensor) -> Tensor:
+        """logdet(R + eps I), by Cholesky: R is positive definite by construction."""
+        factor, failed = torch.linalg.cholesky_ex(self.regular(R))
+        if failed:
+            least = torch.linalg.eigvalsh(R.detach())[0].item() if R.isfinite().all() else float("nan")
+            common.fail(
+                f"the covariance is not positive definite, its least eigenvalue is {least:g}: raise --eps"
+            )
+        return 2 * factor.diagonal().log().sum()
+
+
+# ------------------------------------------------------------------------------------------ recipes
+
+# fmt: off
+_SGD = dict(
+    optimizer="sgd", wd=1e-4, warmup=10.0, first_lr=3e-3, last_lr=1e-6, eps=1e-8, views="byol", zero_init=True)
+RECIPES = {  # the official commands; --lr is absolute
+    "imagenet": dict(  # 69.08 % linear top-1
+        _SGD, arch="resnet50", stem="imagenet", size=224, epochs=100, batch_size=1536, lr=0.2,
+        alpha=2000.0, forget=0.1, hidden=[8192, 8192], dim=512, norm=True,
+    ),
+    "imagenet100-resnet18": dict(  # 80.48 %
+        _SGD, arch="resnet18", stem="imagenet", size=224, epochs=400, batch_size=1024, lr=1.0,
+        alpha=500.0, forget=0.01, hidden=[4096, 4096], dim=128, norm=False,
+    ),
+    "tiny-imagenet": dict(  # 54.86 %
+        _SGD, arch="resnet50", stem="cifar", size=64, epochs=800, batch_size=1024, lr=0.5,
+        alpha=500.0, forget=0.1, hidden=[4096, 4096], dim=128, norm=False,
+    ),
+    "cifar10": dict(  # 93.18 %
+        _SGD, arch="resnet18", stem="cifar", size=32, epochs=1000, batch_size=512, lr=0.5,
+        alpha=250.0, forget=0.01, hidden=[2048, 2048], dim=64, norm=False,
+    ),
+    "cifar100": dict(  # 71.61 %
+        _SGD, arch="resnet18", stem="cifar", size=32, epochs=1000, batch_size=512, lr=0.5,
+        alpha=1000.0, forget=0.01, hidden=[4096, 4096], dim=128, norm=False,
+    ),
+    "demo": dict(  # minutes on two cores
+        arch="resnet18", stem="imagenet", size=32, views="cifar", epochs=3, batch_size=128,
+        optimizer="adamw", lr=1e-3, wd=1e-4, warmup=0.4, first_lr=0.0, last_lr=0.0, eps=1e-8,
+        zero_init=False, alpha=250.0, forget=0.01, hidden=[1024], dim=64, norm=True, log_every=10, workers=0,
+    ),
+}
+RECIPES["imagenet100-resnet18"]["last_lr"] = 5e-3
+RECIPES["imagenet100-resnet50"] = dict(  # 82.64 %
+    RECIPES["imagenet100-resnet18"], arch="resnet50", epochs=200, warmup=5.0)
+# fmt: on
+
+
+def get_args(argv=None):
+    """Arguments from argv (default: the command line), each left out taken from the recipe."""
+    parser = common.parser_for(__doc__, lr="absolute")
+    add = parser.add_argument_group("CorInfoMax").add_argument
+    add("--objective", choices=["corinfomax", "ldmi"], default="corinfomax", help="L")
+    add("--alpha", type=common.number(float, 0), help="alpha, weight of the invariance")
+    add(
+        "--forget",
+        type=common.number(float, 0, 0.999999),
+        help="lam_R = lam_mu, weight of the old statistics",
+    )
+    add("--eps", type=common.number(float, 1e-12), help="eps, added to the diagonal")
+    add("--first-lr", type=common.number(float, 0, 1e6), help="learning rate at the start of the warm-up")
+    add("--last-lr", type=common.number(float, 0, 1e6), help="learning rate at the end")
+    add("--zero-init", action=argparse.BooleanOptionalAction, help="last BN gain of each residual block at 0")
+    add("--norm", action=argparse.BooleanOptionalAction, help="BN in the projector")
+    add("--hidden", type=common.number(int, 1), nargs="+", help="widths of the projector's hidden layers")
+    add("--dim", type=common.number(int, 2), help="d, dimension of the embedding")
+    args = common.parse(parser, RECIPES, argv)
+    if args.local_crops:
+        common.fail(f"--local-crops {args.local_crops}: CorInfoMax is defined for two views, leave it at 0")
+    return args
+
+
+# -------------------------------------------------------------------------------------------- model
+
+
+class Online(nn.Module):
+    """Backbone and projector."""
+
+    def __init__(self, args):
+        super().__init__()
+        self.backbone, self.width = common.resnet(args.arch, args.stem, args.zero_init)
+        self.projector = common.mlp(self.width, *args.hidden, args.dim, norm=args.norm)
+
+    def forward(self, xs: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Features (v, n, D) and projections (v, n, d) of the views."""
+        hs = common.per_view(self.backbone, xs)
+        return torch.stack(hs), torch.stack(common.per_view(self.projector, hs))
+
+
+def main(args):
+    run = common.Run(args, __file__)
+    online = common.prepare(Online(args), args, run.device)
+    criterion = CorInfoMax(args.dim, args.forget, args.forget, args.eps, objective=args.objective).to(
+        run.device
+    )
+    optimizer = common.optimizer_for(online, args)
+    model = common.parallel(online, args, run.device)
+    run.begin(online.backbone, online.width, online=online, criterion=criterion, optimizer=optimizer)
+    peak, warmup = max(args.lr, 1e-12), args.warmup * run.epoch_steps
+    ends = dict(first=args.first_lr / peak, last=args.last_lr / peak)
+
+    def loss_of(zs):
+        z1, z2 = F.normalize(zs, dim=2)
+        return criterion(z1, z2, args.alpha)
+
+    for step, xs, y in run.steps():
+        lr = common.set_lr(optimizer, peak * common.warmup_cosine(step, warmup, run.total, **ends))
+        loss, terms, h, zs = run.backward(model, xs, loss_of)
+        optimizer.step()
+        run.log(loss, terms, lr, h, zs[0], y)
+
+
+if __name__ == "__main__":
+    main(get_args())
