@@ -95,7 +95,8 @@ class CorInfoMax(nn.Module):
 
 # fmt: off
 _SGD = dict(
-    optimizer="sgd", wd=1e-4, warmup=10.0, first_lr=3e-3, last_lr=1e-6, eps=1e-8, views="byol", zero_init=True)
+    optimizer="sgd", wd=1e-4, warmup=10.0, first_lr=3e-3, last_lr=1e-6, eps=1e-8, views="byol",
+    zero_init=True)
 RECIPES = {  # the official commands; --lr is absolute
     "imagenet": dict(  # 69.08 % linear top-1
         _SGD, arch="resnet50", stem="imagenet", size=224, epochs=100, batch_size=1536, lr=0.2,
