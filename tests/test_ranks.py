@@ -64,7 +64,7 @@ OBJECTIVES = ["corinfomax", "ldmi"]
 
 
 def other_losses(dtype):
-    """For each loss of the other methods: value, gradient for this rank's rows as DDP averages it, and terms."""
+    """For each loss of the other methods: value, gradient as DDP averages it, and terms."""
     torch.manual_seed(0)
     zs, world = torch.randn(3, 16, 12).to(dtype), common.world()
     zs = (zs + 0.5 * zs.mean(0)).chunk(world, 1)[common.rank()].contiguous()
