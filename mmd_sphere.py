@@ -89,7 +89,7 @@ RECIPES = {
     ),
     "demo": dict(  # minutes on two cores
         arch="resnet18", stem="imagenet", size=32, views="cifar", epochs=3, batch_size=128,
-        optimizer="adamw", lr=2e-3, wd=1e-4, warmup=0.4, alpha=1000.0, b=[1.0, 40.0, 40.0],
+        optimizer="adamw", lr=2e-3, wd=1e-4, warmup=0.4, alpha=400.0, b=[1.0, 40.0, 40.0],
         hidden=[1024], dim=512, zero_init=False, log_every=10, workers=0,
     ),
 }

@@ -1,5 +1,6 @@
 """Runs as a user meets them: errors of use, kill and resume, unreadable images, micro-batches, the demo."""
 
+import importlib.util
 import json
 import os
 import random
@@ -181,6 +182,29 @@ def test_demo_separates_the_kinds_far_better_than_at_initialisation(tmp_path):
     accuracy = [record["knn"] for record in read_log(tmp_path / "out") if "knn" in record]
     assert accuracy[-1] > accuracy[0] + 0.08
     assert "at initialisation" in done.stdout and "tensorboard" in done.stdout
+
+
+FLAGS = dict(
+    hsic="", corinfomax="--objective ldmi", music="--segment 4 --local-crops 1", mmd_sphere="--local-crops 1"
+)
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_a_fork_of_each_script_trains_and_resumes(name, tmp_path, folder):
+    text = (ROOT / f"{name}.py").read_text()
+    assert "wd=1e-4, warmup=0.4" in text
+    (tmp_path / "mine.py").write_text(text.replace("wd=1e-4, warmup=0.4", "wd=2e-4, warmup=0.4"))
+    spec = importlib.util.spec_from_file_location("mine", tmp_path / "mine.py")
+    mine = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(mine)
+    flags = [*TINY, "--data", str(folder), "--recipe", "demo", "--epochs", "1", *FLAGS[name].split()]
+    args = mine.get_args([*flags, "--out", str(tmp_path / "out")])
+    assert args.wd == 2e-4
+    mine.main(args)
+    log = read_log(tmp_path / "out")
+    assert [r["step"] for r in log if "loss" in r] == [1, 2, 3] and (tmp_path / "out" / "mine.py").exists()
+    mine.main(args)
+    assert read_log(tmp_path / "out") == log
 
 
 # ---------------------------------------------------------------------------------- kill and resume
