@@ -91,7 +91,7 @@ def parser_for(doc: str, lr: str = "for 256 images, times batch-size / 256") -> 
     add("--knn-every", type=number(int, 0), default=1, help="epochs between kNN tests (0: first and last)")
     add = parser.add_argument_group("views").add_argument
     add("--views", choices=list(VIEWS), help="augmentation recipe")
-    add("--size", type=number(int, 8, 1024), help="side of the two global views, pixels")
+    add("--size", type=number(int, 12, 1024), help="side of the two global views, pixels")
     add("--local-crops", type=number(int, 0, 64), default=0, help="more, small views (96 pixels at size 224)")
     add = parser.add_argument_group("network and optimiser").add_argument
     add("--arch", help="a ResNet of torchvision.models, e.g. resnet18, resnet50, wide_resnet50_2")
@@ -198,7 +198,7 @@ def views_for(args: argparse.Namespace) -> list[View]:
     views = [view._replace(size=args.size) for view in VIEWS[args.views]]
     if not args.local_crops:
         return views
-    blur, size = 0.5 * (views[0].blur > 0), max(8, round(args.size * 96 / 224))
+    blur, size = 0.5 * (views[0].blur > 0), max(12, round(args.size * 96 / 224))
     local = views[0]._replace(scale=LOCAL_SCALE, blur=blur, solarise=0.0, size=size)
     views = [view._replace(scale=(max(view.scale[0], LEAST_GLOBAL), view.scale[1])) for view in views]
     return views + [local] * args.local_crops

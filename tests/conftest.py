@@ -32,7 +32,7 @@ def script(name, *flags, cwd=ROOT, timeout=240, world=1, **popen):
         str(free_port()),
     ]
     command = [sys.executable, *(launch if world > 1 else []), str(ROOT / name), *map(str, flags)]
-    env = dict(os.environ, OMP_NUM_THREADS="1", **popen.pop("env", {}))
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **popen.pop("env", {})}
     return subprocess.run(command, cwd=cwd, timeout=timeout, capture_output=True, text=True, env=env, **popen)
 
 

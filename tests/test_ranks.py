@@ -128,7 +128,7 @@ def after_steps(steps, precision, folder):
     extra = ["--data", folder, "--recipe", "imagenet", "--optimizer", "lars", "--precision", precision]
     extra += ["--out", "unused", "--scale", "adam", "--local-crops", "1", "--lr", "3"]
     args = hsic.get_args([*TINY, *extra])
-    args.dim, args.hidden, args.batch_size, args.views = 8, 32, 16, "byol"
+    args.dim, args.hidden, args.batch_size = 8, 32, 8
     state, views = {}, []
 
     def begin(self, evaluate, width, **parts):

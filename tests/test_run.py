@@ -174,13 +174,11 @@ def test_folders_without_labels_and_of_one_class_train(layout, tmp_path, folder,
 
 
 def test_demo_separates_the_kinds_far_better_than_at_initialisation(tmp_path):
-    """`python hsic.py` shortened to 60 steps: at 60 % kNN before training, measured about 75 % after."""
-    done = script(
-        "hsic.py", "--out", tmp_path / "out", "--epochs", 2, "--local-crops", 0, env=dict(OMP_NUM_THREADS="2")
-    )
+    """`python hsic.py`, one epoch of its three."""
+    done = script("hsic.py", "--out", tmp_path / "out", "--epochs", 1, env=dict(OMP_NUM_THREADS="2"))
     assert done.returncode == 0, done.stderr
     accuracy = [record["knn"] for record in read_log(tmp_path / "out") if "knn" in record]
-    assert accuracy[-1] > accuracy[0] + 0.08
+    assert accuracy[-1] > accuracy[0] + 0.06
     assert "at initialisation" in done.stdout and "tensorboard" in done.stdout
 
 
@@ -242,7 +240,7 @@ def test_a_killed_run_ends_bit_for_bit_as_one_never_stopped(workers, tmp_path, b
     command = [sys.executable, str(ROOT / "hsic.py"), *map(str, flags)]
     env = dict(os.environ, OMP_NUM_THREADS="1")
     random.seed(workers)
-    for step in (2, 5):  # killed once a checkpoint in the middle of an epoch lies there, at some later moment
+    for step in (3,):  # killed once a checkpoint in the middle of an epoch lies there, at some later moment
         process = subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL)
         begun = time.monotonic()
         while (
@@ -304,19 +302,19 @@ def run_until(step, flags):
 
 
 def test_two_ranks_agree_on_the_step_they_leave_at_and_resume_bit_for_bit(on_ranks, tmp_path, folder):
-    flags = ["--data", folder, "--recipe", "demo", "--epochs", "3", "--out"]
+    flags = ["--data", folder, "--recipe", "demo", "--out"]
     assert on_ranks(run_until, 2, 3, [*flags, tmp_path / "out"]) == [0, 0]
     assert state_of(tmp_path / "out")["step"] == 4
     assert on_ranks(run_until, 2, -1, [*flags, tmp_path / "out"]) == [0, 0]
     assert on_ranks(run_until, 2, -1, [*flags, tmp_path / "whole"]) == [0, 0]
     assert same(state_of(tmp_path / "out"), state_of(tmp_path / "whole"))
-    assert state_of(tmp_path / "out")["step"] == 9
+    assert state_of(tmp_path / "out")["step"] == 6
 
 
 def test_damaged_checkpoints_fall_back_or_are_refused(tmp_path, folder, capsys):
     out, flags = (
         tmp_path / "out",
-        ["--data", folder, "--recipe", "demo", "--out", tmp_path / "out", "--epochs", "3"],
+        ["--data", folder, "--recipe", "demo", "--out", tmp_path / "out"],
     )
     assert train(*flags) == 0
     whole = state_of(out)
@@ -381,7 +379,7 @@ def test_a_run_that_collapses_says_so(tmp_path, folder, capsys, monkeypatch):
         return (z[0] - z[1]).square().sum(1).mean(), dict()
 
     monkeypatch.setattr(hsic, "hsic_loss", positives)
-    flags = ["--lr", "0.1", "--epochs", "8"]
+    flags = ["--lr", "0.1", "--epochs", "6"]
     assert train("--data", folder, "--recipe", "demo", "--out", tmp_path / "out", *flags) == 0
     assert "collapse: the effective rank of the embeddings is" in capsys.readouterr().err
     assert read_log(tmp_path / "out")[-2]["rank_z"] < 4
