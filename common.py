@@ -622,9 +622,9 @@ def _same(batch):
 
 
 def _start_worker(_: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process answers signals, and ends its workers
-    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    """Launchers send signals to all processes: the main one answers them, and ends its workers."""
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(name, signal.SIG_IGN)
 
 
 def crop_batches(
@@ -1150,13 +1150,15 @@ class Run:
         try:
             if self.step == 0:
                 self.evaluate()
-            for xs, y in view_batches(self.data.train, self.args, self.device, self.step, self.total):
-                if self.step == 0:
-                    self._show(xs)
-                yield self.step, [x.double() for x in xs] if self.args.precision == "fp64" else xs, y
-                self.step += 1
-                self.bar.update()
-                self._between_steps()
+            source = view_batches(self.data.train, self.args, self.device, self.step, self.total)
+            with contextlib.closing(source) as batches:  # ends the workers, however the loop ends
+                for xs, y in batches:
+                    if self.step == 0:
+                        self._show(xs)
+                    yield self.step, [x.double() for x in xs] if self.args.precision == "fp64" else xs, y
+                    self.step += 1
+                    self.bar.update()
+                    self._between_steps()
             self.bar.close()
             self._summary()
         finally:  # of the run, or of its generator where an error ends the loop

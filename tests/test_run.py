@@ -285,6 +285,35 @@ def test_a_signal_saves_at_the_step_and_leaves(number, code, tmp_path, folder, m
     assert same(state_of(tmp_path / "out"), state_of(tmp_path / "whole"))
 
 
+def test_sigterm_to_all_processes_saves_and_leaves_no_worker_behind(tmp_path, big_folder):
+    """As torchrun and schedulers send it: the workers get it too."""
+    out = tmp_path / "out"
+    flags = [
+        *TINY,
+        "--recipe",
+        "demo",
+        "--data",
+        big_folder,
+        "--out",
+        out,
+        "--workers",
+        "2",
+        "--epochs",
+        "50",
+    ]
+    command = [sys.executable, str(ROOT / "hsic.py"), *map(str, flags)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not (out / "log.jsonl").exists() or max([r["step"] for r in read_safely(out)], default=0) < 3:
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, text = process.communicate(timeout=60)
+    assert process.returncode == 0 and "SIGTERM: saved" in text and "Traceback" not in text
+    assert state_of(out)["step"] >= 3
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
+
+
 def run_until(step, flags):
     """A run on the ranks of this process group, stopped after `step` as by a signal to one of them; its exit
     code."""
