@@ -21,19 +21,11 @@ TINY = ["--arch", "resnet18", "--stem", "imagenet", "--size", "16", "--batch-siz
         "--log-every", "1", "--knn-every", "0", "--warmup", "0.5", "--workers", "0"]  # fmt: skip
 
 
-def script(name, *flags, cwd=ROOT, timeout=240, world=1, **popen):
+def script(name, *flags, timeout=240, env=()):
     """Runs a script as a user would, in its own process; its result with the text of stdout and stderr."""
-    launch = [
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        str(world),
-        "--master_port",
-        str(free_port()),
-    ]
-    command = [sys.executable, *(launch if world > 1 else []), str(ROOT / name), *map(str, flags)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **popen.pop("env", {})}
-    return subprocess.run(command, cwd=cwd, timeout=timeout, capture_output=True, text=True, env=env, **popen)
+    command = [sys.executable, str(ROOT / name), *map(str, flags)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **dict(env)}
+    return subprocess.run(command, cwd=ROOT, timeout=timeout, capture_output=True, text=True, env=env)
 
 
 def free_port():
