@@ -691,6 +691,16 @@ def centre_batches(split: Pixels | Files, index: Tensor, args: argparse.Namespac
 # ----------------------------------------------------------------------------------------- networks
 
 
+class _Conv(nn.Conv2d):
+    """A 3x3 convolution of single pixels, the last stage at 32 pixels, as the matrix product it is: zeros are
+    all that the outer taps meet. On CPUs it halves the time of the whole network."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[2:] == (1, 1):
+            return F.conv2d(x, self.weight[:, :, 1:2, 1:2], groups=self.groups)
+        return super().forward(x)
+
+
 def resnet(arch: str, stem: str | None = "imagenet", zero_init: bool = False) -> tuple[nn.Module, int]:
     """torchvision's ResNet without its classifier, and the number of its features."""
     builder = getattr(torchvision.models, arch, None) if "resne" in arch else None
@@ -701,6 +711,9 @@ def resnet(arch: str, stem: str | None = "imagenet", zero_init: bool = False) ->
     if stem == "cifar":
         net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
         nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
+            module.__class__ = _Conv
     return net, width
 
 
@@ -1069,10 +1082,10 @@ class Run:
         self.handlers = {name: signal.signal(name, self._on_signal) for name in signals}
 
     def _lock(self) -> None:
-        self.lock = open(self.out / ".lock", "w")  # held until this process ends, however it ends
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        self.lock = open(self.out / ".lock", "w")  # held until this process ends, however it ends, and
+        try:  # unlike flock's not by the workers of a killed one
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
             fail(f"--out {self.out} is in use by another process: choose another --out, or end that one")
 
     def _on_signal(self, number: int, _) -> None:

@@ -1,5 +1,6 @@
 """Runs as a user meets them: errors of use, kill and resume, unreadable images, micro-batches, the demo."""
 
+import fcntl
 import importlib.util
 import json
 import os
@@ -17,6 +18,20 @@ from PIL import Image
 
 import common
 import hsic
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnext50_32x4d"])
+def test_the_network_is_torchvisions_down_to_single_pixels(arch):
+    net = common.resnet(arch)[0].double()
+    plain = getattr(torchvision.models, arch)(num_classes=1).double()
+    plain.fc = torch.nn.Identity()
+    plain.load_state_dict(net.state_dict())
+    x = torch.rand(4, 3, 32, 32).double()
+    h, expected = net(x), plain(x)
+    assert torch.allclose(h, expected, atol=1e-10)
+    grads = (torch.autograd.grad(y.square().sum(), m.parameters()) for y, m in ((h, net), (expected, plain)))
+    for a, b in zip(*grads, strict=True):
+        assert torch.allclose(a, b, rtol=1e-8, atol=1e-10)
 
 
 def state_of(out):
@@ -249,6 +264,8 @@ def test_a_killed_run_ends_bit_for_bit_as_one_never_stopped(workers, tmp_path, b
     time.sleep(random.random() * 0.2)
     process.kill()
     process.wait()
+    with open(out / ".lock", "a") as lock:  # not held by the workers, which outlive it by seconds
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     done = script("hsic.py", *flags)
     assert done.returncode == 0, done.stderr
     assert same(state_of(out), undisturbed)
@@ -362,7 +379,7 @@ def test_damaged_checkpoints_fall_back_or_are_refused(tmp_path, folder, capsys):
 
 def test_two_runs_cannot_share_a_directory(tmp_path, folder, capsys, monkeypatch):
     (tmp_path / "out").mkdir()
-    code = "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX)"
+    code = "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX)"
     command = [
         sys.executable,
         "-c",
