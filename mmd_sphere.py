@@ -65,11 +65,12 @@ def mmd_sphere_loss(
     With v > 2 views: invariance over all pairs of a global view, zs[:2], with another; MMD of the global
     views.
     """
-    zs = F.normalize(zs, dim=2)
     v, n, d = zs.shape
-    pairs = [(zs[g] - zs[o]).square().sum() for g in (0, 1) for o in range(v) if o != g]
-    invariance = common.all_reduce(torch.stack(pairs).mean()) / (n * common.world() * d)
-    mmd = (mmd2(zs[0], b, kernel, log, tau) + mmd2(zs[1], b, kernel, log, tau)) / 2
+    z = [F.normalize(view, dim=1) for view in zs.unbind()]  # (n, d) each
+    mmd = (mmd2(z[0], b, kernel, log, tau) + mmd2(z[1], b, kernel, log, tau)) / 2
+    near = 2 * F.mse_loss(z[0], z[1], reduction="sum")  # as the pairs (0, 1) and (1, 0)
+    near = near + sum(F.mse_loss(z[g], z[o], reduction="sum") for g in (0, 1) for o in range(2, v))
+    invariance = common.all_reduce(near) / (2 * (v - 1) * n * common.world() * d)
     return alpha * invariance + mmd, dict(invariance=invariance.detach(), mmd=mmd.detach())
 
 

@@ -69,52 +69,51 @@ class OffDiagonal(torch.autograd.Function):
         n, d = p1.shape
         S, W, r = d // s, common.world(), common.rank()
         scale, mine = 1 / (S * (S - 1)), torch.arange(S).tensor_split(W)[r].tolist()
-        value = p1.new_zeros(())
+        value, factor = p1.new_zeros(()), scale / n  # of G: 1 / n, not 1 / N, since DDP divides by W
         if W > 1 and d < 2 * n * W:  # by P: d^2 numbers, and d^2 for G
-            P = p1.mT @ p2 / (n * W)
+            P = (p1 / (n * W)).mT @ p2
             dist.all_reduce(P)
             G = torch.zeros_like(P)
             for a in mine:
-                G[a * s : (a + 1) * s], part = entropy(P[a * s : (a + 1) * s], a, s, scale)
+                G[a * s : (a + 1) * s], part = entropy(P[a * s : (a + 1) * s], a, s, factor)
                 value += part
             dist.all_reduce(G)
-            grad1, grad2 = p2 @ G.mT / n, p1 @ G / n
+            grad1, grad2 = p2 @ G.mT, p1 @ G
         else:  # by rows: 2 N d numbers for p1 and p2, and 2 N d for their gradients
             p1, p2 = common.all_gather(p1), common.all_gather(p2)
             grad1, grad2 = torch.zeros_like(p1), torch.zeros_like(p2)
-            per_pass = max(1, 512 // s)
+            per_pass = max(1, 1024 // s)
             for first in mine[::per_pass]:
                 rows = slice(first * s, min(first + per_pass, mine[-1] + 1) * s)
-                P = p1[:, rows].mT @ p2 / (n * W)
-                for a in range(rows.start // s, rows.stop // s):
+                P = (p1[:, rows] / (n * W)).mT @ p2  # (rows, d), then G in its place
+                for a in range(first, rows.stop // s):
                     block = P[a * s - rows.start : (a + 1) * s - rows.start]
-                    block[:], part = entropy(block, a, s, scale)
+                    block[:], part = entropy(block, a, s, factor)
                     value += part
-                grad1[:, rows] = p2 @ P.mT / n
-                grad2.addmm_(p1[:, rows], P, alpha=1 / n)
+                grad1[:, rows] = p2 @ P.mT
+                grad2.addmm_(p1[:, rows], P)
             if W > 1:
                 dist.all_reduce(grad1)
                 dist.all_reduce(grad2)
             grad1, grad2 = (grad[r * n : (r + 1) * n] for grad in (grad1, grad2))
-        ctx.save_for_backward(grad1, grad2)  # times W, since DDP divides by W: 1 / n, not 1 / N
+        ctx.save_for_backward(grad1, grad2)
         if W > 1:
             dist.all_reduce(value)
-        return value
+        return value * scale
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         return *(grad * saved for saved in ctx.saved_tensors), None
 
 
-def entropy(P: Tensor, a: int, s: int, scale: float) -> tuple[Tensor, Tensor]:
-    """For segment a's rows of P (s, d): the gradient of scale * sum P log P without block (a, a), and that
-    sum."""
+def entropy(P: Tensor, a: int, s: int, factor: float) -> tuple[Tensor, Tensor]:
+    """For segment a's rows of P (s, d), block (a, a) left out: factor (log P + 1), and sum P log P."""
     G = log(P)
     G[:, a * s : (a + 1) * s] = 0
-    value = scale * (P * G).sum()
+    value = (P * G).sum()
     G += 1
     G[:, a * s : (a + 1) * s] = 0
-    return G * scale, value
+    return G * factor, value
 
 
 # ------------------------------------------------------------------------------------------ recipes

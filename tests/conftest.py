@@ -111,7 +111,7 @@ def make_folder(root, count, size=(20, 24), splits=("train", "val"), classes=("a
 
 @pytest.fixture(scope="session", autouse=True)
 def _threads():
-    torch.set_num_threads(2)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import TINY
+from torch.utils.flop_counter import FlopCounterMode
 
 import common
 import corinfomax
@@ -101,25 +102,50 @@ def test_the_other_losses_are_those_of_one_process(dtype, tolerance, on_ranks):
             assert torch.allclose(ranks[0][1][i], state, atol=max(1e-12, tolerance / 10))
 
 
-def moved_numbers(n):
-    """Numbers moved by one step of the loss and its backward, on this rank."""
-    count, reduce, gather = [0, 0], dist.all_reduce, dist.all_gather_into_tensor
-    dist.all_reduce = lambda x, *a, **k: (count.__setitem__(0, count[0] + x.numel()), reduce(x, *a, **k))[1]
-    dist.all_gather_into_tensor = lambda o, x, **k: (
-        count.__setitem__(0, count[0] + x.numel()),
-        gather(o, x, **k),
-    )[1]
-    zs = torch.randn(2, n, 8, requires_grad=True)
-    loss = hsic.hsic_loss(zs, f=16)[0]
-    count[1] = count[0]
-    loss.backward()
-    return count
+def costs(n, d):
+    """Of each loss on n rows a rank: numbers moved forward and backward, and operations of matrix products."""
+    torch.manual_seed(common.rank())
+    corinfo = corinfomax.CorInfoMax(d)
+    losses = {
+        "hsic": lambda zs: hsic.hsic_loss(zs, f=16),
+        "corinfomax": lambda zs: corinfo(*zs, 1.0),
+        "music": lambda zs: music.music_loss(*zs, 4),
+        "mmd_sphere": lambda zs: mmd_sphere.mmd_sphere_loss(zs, 1.0, [1, 2, 3]),
+    }
+    moved, found, in_place = [0], [], {torch.ops.aten.addmm_: lambda c, a, b, **_: 2 * a[0] * a[1] * b[1]}
+    names, count = (
+        ("all_reduce", "all_gather_into_tensor"),
+        lambda x: moved.__setitem__(0, moved[0] + x.numel()),
+    )
+    originals = [getattr(dist, name) for name in names]
+    for name, original in zip(names, originals, strict=True):
+        setattr(dist, name, lambda x, *rest, original=original: (count(x), original(x, *rest)))
+    try:
+        for loss_of in losses.values():
+            zs, moved[0] = torch.randn(2, n, d, requires_grad=True), 0
+            with FlopCounterMode(display=False, custom_mapping=in_place) as flops:
+                loss = loss_of(zs)[0]
+                forward = moved[0]
+                loss.backward()
+            found.append([forward, moved[0] - forward, flops.get_total_flops()])
+    finally:
+        for name, original in zip(names, originals, strict=True):
+            setattr(dist, name, original)
+    return dict(zip(losses, found, strict=True))
 
 
-def test_communication_does_not_grow_with_the_batch_and_backward_has_none(on_ranks):
-    small, large = (on_ranks(moved_numbers, 2, n)[0] for n in (4, 64))
-    assert small == large and small[0] == small[1]
-    assert small[0] <= 16 * 16 + 3 * 16 + 2  # f^2 + 3 f + 2
+@pytest.mark.parametrize("n", [4, 64])
+def test_communication_and_work_are_as_stated(n, on_ranks):
+    """Of W = 2 ranks with n rows each; hsic and corinfomax move the same whatever n is."""
+    d, N, f = 32, 2 * n, 16
+    one, two = costs(N, d), on_ranks(costs, 2, n, d)[0]
+    moved = {name: (forward, backward) for name, (forward, backward, _) in two.items()}
+    assert moved["hsic"] == (f * f + 3 * f + 2, 0)
+    assert moved["corinfomax"] == (2 * d * d + 2 * d + 1, 0)
+    assert moved["mmd_sphere"] == (2 * N * d + 3, 0)  # each embedding once
+    assert moved["music"] == (min(4 * N * d, 2 * d * d) + d + 2, 0)
+    for name in ("hsic", "music", "mmd_sphere"):
+        assert one[name][2] == 2 * two[name][2], name
 
 
 def after_steps(steps, precision, folder):
