@@ -46,7 +46,7 @@ def mmd2(z: Tensor, b, kernel="legendre", log=False, tau=2.0) -> Tensor:
     N = t.shape[1]
     if kernel == "legendre":
         P = legendre(t, z.shape[1], len(b))
-        phi = sum(weight * P[l] for l, weight in enumerate(b, 1) if weight)
+        phi = sum(weight * P[l] for l, weight in enumerate(b, 1))
     else:
         phi = torch.exp(-2 * tau * (1 - t)) if kernel == "rbf" else t.square()
     total = common.all_reduce(phi.sum())

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT  # noqa: F401
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import corinfomax
 import mmd_sphere
@@ -232,6 +233,25 @@ def test_mmd_of_uniform_collapsed_and_antipodal_points_and_rotations():
     assert mmd_sphere.mmd2(torch.cat([z, -z]), [1, 0, 1]).item() == pytest.approx(0, abs=1e-12)
     rotation = torch.linalg.qr(torch.randn(16, 16).double())[0]
     assert mmd_sphere.mmd2(z @ rotation, b).item() == pytest.approx(mmd_sphere.mmd2(z, b).item(), rel=1e-9)
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that any operation makes."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        made = out if isinstance(out, (tuple, list)) else [out]
+        self.numel = max(self.numel, *(x.numel() for x in made if isinstance(x, torch.Tensor)), 0)
+        return out
+
+
+def test_mmd_sphere_of_dimension_32768_makes_nothing_larger_than_its_input():
+    zs = torch.randn(2, 64, 32768, requires_grad=True)
+    with Largest() as largest:
+        mmd_sphere.mmd_sphere_loss(zs, 40000.0, [1, 40, 40])[0].backward()
+    assert largest.numel == zs.numel()  # the gradient; d x d would be 256 times that
 
 
 def test_rbf_with_log_is_the_uniformity_loss():
