@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT  # noqa: F401
 
-import common
 import hsic
 
 # (seed, images, views, features, HSIC(Z, Y), HSIC(Z, Z)) computed with the official code,

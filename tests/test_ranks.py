@@ -103,7 +103,7 @@ def test_the_other_losses_are_those_of_one_process(dtype, tolerance, on_ranks):
 
 
 def costs(n, d):
-    """Of each loss on n rows a rank: numbers moved forward and backward, and operations of matrix products."""
+    """Of each loss on n rows a rank: numbers moved forward, backward, and operations in matrix products."""
     torch.manual_seed(common.rank())
     corinfo = corinfomax.CorInfoMax(d)
     losses = {
