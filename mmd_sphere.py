@@ -88,6 +88,11 @@ RECIPES = {
         optimizer="lars", lr=1.2, wd=1e-6, warmup=10.0, alpha=4000.0, b=[1.0, 40.0, 40.0],
         hidden=[8192, 8192], dim=8192, zero_init=True,
     ),
+    "cifar10": dict(  # found here: see the README for what was tried
+        arch="resnet18", stem="cifar", size=32, views="cifar", epochs=800, batch_size=512,
+        optimizer="adamw", lr=5e-4, wd=1e-4, warmup=10.0, alpha=2500.0, b=[1.0, 40.0, 40.0],
+        hidden=[2048, 2048], dim=2048, zero_init=False,
+    ),
     "demo": dict(  # minutes on two cores
         arch="resnet18", stem="imagenet", size=32, views="cifar", epochs=3, batch_size=128,
         optimizer="adamw", lr=2e-3, wd=1e-4, warmup=0.4, alpha=400.0, b=[1.0, 40.0, 40.0],
