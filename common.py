@@ -1569,9 +1569,10 @@ def submit(asked: argparse.Namespace, argv: list[str], get_args: Callable) -> No
             shutil.copy(source, folder)
         executor = submitit.AutoExecutor(folder, cluster=asked.submit, **lives)
         executor.update_parameters(
-            name=root.name, nodes=nodes, gpus_per_node=gpus or None, tasks_per_node=tasks, cpus_per_task=share,
-            timeout_min=minutes if slurm else 10**6, stderr_to_stdout=True, slurm_partition=asked.partition,
+            name=root.name, nodes=nodes, gpus_per_node=gpus or None, tasks_per_node=tasks,
+            cpus_per_task=share, timeout_min=minutes if slurm else 10**6,
             slurm_signal_delay_s=min(300, 6 * minutes), slurm_srun_args=["--kill-on-bad-exit=1"],
+            stderr_to_stdout=True, slurm_partition=asked.partition,
             slurm_setup=["export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK"], slurm_teardown=[REQUEUE],
             slurm_additional_parameters={"requeue": True, **options},
         )  # fmt: skip
@@ -1587,7 +1588,8 @@ def submit(asked: argparse.Namespace, argv: list[str], get_args: Callable) -> No
     except (OSError, submitit.core.utils.FailedJobError) as error:
         if made:
             shutil.rmtree(made, ignore_errors=True)
-        fail(f"--submit {asked.submit}: {str(error).strip().splitlines()[-1]}")
+        said = re.search("sbatch: .*", str(error)) or re.search(".*", str(error))
+        fail(f"--submit {asked.submit}: {said[0]}")
     print(f"{asked.submit}: {nodes} x {tasks} ranks, {gpus} GPUs a node, {share} CPUs a rank")
     for name, job in jobs.items():
         print(f"job {job.job_id}: {root / name}, log {job.paths.stdout}")
