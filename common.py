@@ -1654,7 +1654,7 @@ def state_of(out: Path) -> tuple[str, str]:
     if "Job completed successfully" in text:  # submitit's word, for scripts that log no steps
         return "done", ""
     lines = [line for line in re.split(r"[\r\n]+", text) if line.strip()]
-    noise = re.compile(r"srun: |submitit |slurmstepd: error: \*\*\* STEP")  # what follows from the error
+    noise = re.compile(r"srun: |submitit |slurmstepd\S*: error: \*\*\* STEP")  # what follows from the error
     lines = [line for line in lines if not noise.match(line)]
     errors = [line for line in lines if re.search("error|cancelled|: saved", line, re.I)]
     return "failed", re.sub(r"^\S+: error: ", "", (errors or lines or [""])[-1])

@@ -185,7 +185,7 @@ def steps_of(out):
 
 
 def test_a_local_run_warned_on_one_rank_requeues_and_ends_as_one_undisturbed(tmp_path, folder, on_ranks):
-    flags = ["--data", folder, "--recipe", "demo", "--epochs", "8", "--out"]
+    flags = ["--data", folder, "--recipe", "demo", "--epochs", "4", "--out"]
     out = tmp_path / "out"
     _, jobs = submitted("hsic.py", *TINY, *flags, out, "--submit", "local", "--tasks", "2", "--cpus", "1")
     wait_for(lambda: steps_of(out) >= 3, "three steps")
@@ -225,9 +225,7 @@ def test_the_table_says_what_differs_and_how_each_run_stands(tmp_path, capsys, m
     run("waits", 0.1, 0, job="7_0")
     run("runs", 0.1, 2, job="7_1")
     error = "hsic.py: error: step 3: the loss is not finite (loss nan)\n"
-    noise = (
-        "srun: error: n1: task 0: Exited with exit code 2\nslurmstepd: error: *** STEP 7.0 ON n1 CANCELLED\n"
-    )
+    noise = "srun: error: n1: task 0: Exited with exit code 2\nslurmstepd-n1: error: *** STEP 7.0 ON n1 CANCELLED\n"
     run("fails", 0.1, 2, job="7_2", log="10%|#\rsubmitit INFO starts\n" + error + noise)
     run("stops", 0.1, 5)
     held = run("held", 0.1, 5)
@@ -422,13 +420,15 @@ def check(how, out, job, logged, whole):
     resumed, saved = (
         [int(line.split("at step ")[1].split()[0]) for line in lines] for lines in found.values()
     )
-    assert resumed and text.count("Starting with JobEnvironment") == 1 + len(resumed)
+    requeues = text.count("Starting with JobEnvironment") - 1
     requeued = (text + other).count("Calling checkpoint method")  # by rank 0 alone, and by no worker of its
     assert "I am a slave" not in text + other
     if how in ("usr2", "preempted", "timeout"):
-        assert saved == resumed and requeued == len(saved)
+        assert resumed and saved == resumed and requeued == requeues  # some while it was starting
     else:
-        assert resumed[0] >= logged - 2 and requeued == 0  # the last save: two steps are an epoch
+        assert (
+            resumed[0] >= logged - 2 and requeued == 0 and requeues == 1
+        )  # the last save: two steps are an epoch
     assert [record["step"] for record in read_log(out) if "loss" in record] == list(range(1, 17))
     return resumed
 
