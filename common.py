@@ -1576,7 +1576,7 @@ def submit(asked: argparse.Namespace, argv: list[str], get_args: Callable) -> No
             slurm_setup=["export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK"], slurm_teardown=[REQUEUE],
             slurm_additional_parameters={"requeue": True, **options},
         )  # fmt: skip
-        with in_background(), executor.batch():
+        with contextlib.redirect_stderr(io.StringIO()), in_background(), executor.batch():
             jobs = {}
             for name, flags in points.items():
                 command = [str(folder / script.name), *argv, *flags, "--out", str((root / name).absolute())]
