@@ -11,16 +11,23 @@ generator state to save, the number of workers does not matter, and one global b
 
 import argparse
 import contextlib
+import difflib
 import fcntl
+import io
 import itertools
 import json
 import math
 import os
+import re
+import runpy
 import shutil
 import signal
+import struct
+import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -49,6 +56,13 @@ def fail(message: str) -> NoReturn:
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         fail(message)
+
+    def parse_args(self, *args) -> argparse.Namespace:
+        known, unknown = self.parse_known_args(*args)
+        if unknown:
+            near = difflib.get_close_matches(unknown[0], self._option_string_actions, 1)
+            fail(f"unrecognized arguments: {' '.join(unknown)}" + f" (the nearest is {near[0]})" * bool(near))
+        return known
 
 
 def number(kind: type, low: float, high: float = 1e9):
@@ -79,11 +93,11 @@ def parser_for(doc: str, lr: str = "for 256 images, times batch-size / 256") -> 
     add("--epochs", type=number(int, 1), help="passes over the data")
     add("--batch-size", type=number(int, 2), help="N, images a step over all ranks")
     add("--seed", type=number(int, 0, 2**62), default=0, help="of initialisation, order and views")
-    add("--workers", type=number(int, 0, 1024), default=min(16, os.cpu_count()), help="a rank, to decode")
+    add("--workers", type=number(int, 0, 1024), default=min(16, cpus()), help="a rank, to decode")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:N or cpu")
     add("--precision", choices=["bf16", "fp32", "fp64"], help="of the networks; losses are in fp32 or "
         "better (default: bf16 where the hardware has it)")
-    add("--compile", action="store_true", help="torch.compile the networks")
+    add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the networks")
     add("--micro-batch", type=number(int, 0), default=0, help="rows encoded at a time; the loss is that of "
         "the whole batch, BN statistics are per micro-batch (0: all, halved where memory runs out)")
     add("--save-minutes", type=number(float, 1e-3), default=15.0, help="between checkpoints")
@@ -119,6 +133,11 @@ def parse(parser: Parser, recipes: dict, argv: list[str] | None) -> argparse.Nam
     args.precision = args.precision or default_precision(args.device)
     args.out = args.out or f"runs/{Path(sys.argv[0]).stem}-{name}"
     return args
+
+
+def cpus() -> int:
+    """Of this rank in a SLURM job, or of this machine."""
+    return int(os.environ.get("SLURM_CPUS_PER_TASK") or os.cpu_count())
 
 
 def default_precision(device: str) -> str:
@@ -1038,7 +1057,7 @@ class Run:
         try:
             saved = json.loads((self.out / "args.json").read_text())
         except FileNotFoundError:
-            if self.out.is_dir() and any(path.name != ".lock" for path in self.out.iterdir()):
+            if self.out.is_dir() and {path.name for path in self.out.iterdir()} - {".lock", *Job.FILES}:
                 fail(f"--out {self.out} is neither empty nor a run directory: choose another")
         except (OSError, ValueError) as error:
             fail(f"--out {self.out}: its args.json cannot be read ({error}): choose another")
@@ -1199,7 +1218,10 @@ class Run:
         self._leave_if_asked()
 
     def _leave_if_asked(self) -> None:
-        """All ranks agree on the step, the state is saved, and the program ends."""
+        """All ranks agree on the step, the state is saved, and the program ends; on SLURM, is ended.
+
+        Who left a SLURM job before it is ended would complete or fail it, and it would not come back.
+        """
         asked = torch.tensor(self.stop)
         if self.votes:
             dist.all_reduce(asked, dist.ReduceOp.MAX, group=self.votes)
@@ -1212,6 +1234,11 @@ class Run:
             name = signal.Signals(int(asked)).name
             where = f"{self.out} at step {self.step} of {self.total}"
             print(f"{name}: saved {where}, the same command resumes", file=sys.stderr)
+            if asked == signal.SIGUSR2 and callable(self.handlers[signal.SIGUSR2]):
+                self.handlers[signal.SIGUSR2](signal.SIGUSR2, None)  # submitit's: requeues the job, exits
+        if asked != signal.SIGINT and os.environ.get("SUBMITIT_EXECUTOR") == "slurm":
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(900)
         raise SystemExit(130 if asked == signal.SIGINT else 0)
 
     def backward(self, model: nn.Module, xs: list[Tensor], loss_of) -> tuple:
@@ -1311,7 +1338,7 @@ class Run:
             return
         try:
             with open(self.out / "log.jsonl", "a") as file:
-                record = dict(step=step, epoch=round(step / self.epoch_steps, 3), **values)
+                record = dict(step=step, steps=self.total, epoch=round(step / self.epoch_steps, 3), **values)
                 file.write(json.dumps(record) + "\n")
         except OSError as error:
             fail(f"{self.out}/log.jsonl cannot be written ({error.strerror}); the last checkpoint is kept")
@@ -1358,3 +1385,326 @@ def _step_of(line: str) -> float:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):  # the torn last line of a killed run
         return math.inf
+
+
+# ------------------------------------------------------------------------------------------- launch
+
+
+def launch(main: Callable, get_args: Callable) -> None:
+    """What a script ends with: runs it here or, with --submit, leaves it to a scheduler."""
+    parser = Parser(usage=argparse.SUPPRESS, add_help=False, allow_abbrev=False)
+    add = parser.add_argument_group("launch").add_argument
+    # fmt: off
+    add("--submit", choices=["slurm", "local"], help="leave the run to SLURM, or to the background here "
+        "(a sweep: all points at once)")
+    add("--sweep", nargs="+", metavar="FLAG=V1,V2", help="a run below --out for each point of the product; "
+        "true and false for flags with a --no, 'flag=1 2,3' for flags of several values")
+    add("--gpus", type=number(int, 0), help="a node, each a rank (default: slurm 0, local 1 if it is there)")
+    add("--tasks", type=number(int, 1), help="ranks a node, without GPUs (default: 1)")
+    add("--cpus", type=number(int, 1), help="a rank (default: slurm 1, local its share)")
+    add("--nodes", type=number(int, 1), help="(default: 1)")
+    add("--minutes", type=number(int, 1), help="until the run saves, is requeued and goes on (default: 60)")
+    add("--partition", help="(default: the cluster's)")
+    add("--slurm", nargs="+", metavar="KEY=VALUE", help="more for sbatch: account, qos, exclude, ...")
+    # fmt: on
+    asked, argv = parser.parse_known_args()
+    given = [name for name, value in vars(asked).items() if value is not None]
+    if {"-h", "--help"} & {*argv}:
+        with contextlib.suppress(SystemExit):
+            get_args(argv)
+        print("\n" + parser.format_help(), end="")
+    elif asked.submit:
+        submit(asked, argv, get_args)
+    elif given:
+        fail(f"--{given[0]} needs --submit slurm or --submit local")
+    else:
+        main(get_args(argv))
+
+
+class Job:
+    """What each task of a job runs: the command without the launch flags, as one rank. A job that comes back
+    runs it again, and it resumes. Pickled by value, since the run imports the common.py beside its script."""
+
+    FILES = {"job.json", "submit"}  # in a run directory
+
+    def __init__(self, path: list[str], command: list[str], cpus: int):
+        self.path, self.command, self.cpus = path, command, cpus
+
+    def __call__(self) -> None:
+        import submitit
+
+        env = submitit.JobEnvironment()
+        env.paths.result_pickle.unlink(missing_ok=True)  # of an earlier life, whose port can linger, too
+        port = 10000 + (16 * int(env.raw_job_id) + int(os.environ.get("SLURM_RESTART_COUNT", 0))) % 20000
+        host = env.hostnames[0] if env.cluster == "slurm" else "127.0.0.1"
+        ranks = dict(RANK=env.global_rank, WORLD_SIZE=env.num_tasks, MASTER_ADDR=host, MASTER_PORT=port)
+        ranks.update(LOCAL_RANK=env.local_rank, LOCAL_WORLD_SIZE=env.num_tasks // env.num_nodes)
+        os.environ.update({name: str(value) for name, value in ranks.items()})
+        torch.set_num_threads(self.cpus)
+        sys.path[:0], sys.argv = self.path, self.command
+        runpy.run_path(self.command[0], run_name="__main__")
+
+    def checkpoint(self):
+        import submitit
+
+        return submitit.helpers.DelayedSubmission(self)
+
+
+def sweep_points(sweep: list[str], argv: list[str], get_args: Callable) -> tuple[Path, dict[str, list[str]]]:
+    """--out, and the flags of each point by the name of its directory; without a sweep, of one point "".
+
+    A point that the script refuses fails alone, in its run; where it refuses them all, nothing is submitted.
+    """
+    out, points, seen, values = None, {}, set(), {}
+    for item in sweep:
+        name, _, listed = item.partition("=")
+        name = name.strip("-").replace("_", "-")
+        if not name or name in values or not all(listed.split(",")):
+            fail(f"--sweep {item}: give each flag once, as flag=value,value")
+        values[name] = [(name, value) for value in listed.split(",")]
+    for point in itertools.product(*values.values()):
+        flags, said = [], io.StringIO()
+        for name, value in point:
+            switch = dict(true=[f"--{name}"], false=[f"--no-{name}"])
+            flags += switch.get(value, [f"--{name}", *value.split()])
+        try:
+            with contextlib.redirect_stderr(said):
+                args = get_args([*argv, *flags])
+            out, means = out or Path(args.out), str({**vars(args), "out": None})
+        except SystemExit:
+            means = str(point)
+        name = re.sub(r"[^\w.,=+-]", "_", ",".join(map("=".join, point)))
+        if name in points or means in seen:
+            fail(f"--sweep {' '.join(sweep)}: the point {name} is there twice")
+        points[name] = flags
+        seen.add(means)
+    if out is None:
+        print(said.getvalue(), end="", file=sys.stderr)
+        raise SystemExit(2)
+    return out, points
+
+
+def ask(*command: str) -> str | None:
+    """What a command of SLURM's prints; None where it does not answer."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def check_slurm(partition: str | None, nodes: int) -> None:
+    """SLURM lets a job for more nodes than there are wait for ever."""
+    if (text := ask("sinfo", "-h", "-o", "%P %D")) is None:
+        fail("--submit slurm: no SLURM answers here (sinfo); --submit local needs none")
+    count = {name: int(number) for name, number in map(str.split, text.splitlines())}
+    chosen = partition.split(",") if partition else [name.strip("*") for name in count if "*" in name]
+    count = {name.strip("*"): number for name, number in count.items()}
+    if not chosen or {*chosen} - {*count}:
+        fail(f"--partition {partition}: the cluster has {', '.join(count)}")
+    if nodes > (most := max(count[name] for name in chosen)):
+        fail(f"--nodes {nodes}: partition {','.join(chosen)} has {most}")
+
+
+@contextlib.contextmanager
+def in_background():
+    """What is started here keeps neither terminal nor pipes, and outlives them."""
+    kept, null = [os.dup(fd) for fd in range(3)], os.open(os.devnull, os.O_RDWR)
+    hangup = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        for fd in range(3):
+            os.dup2(null, fd)
+        yield
+    finally:
+        for fd in range(3):
+            os.dup2(kept[fd], fd)
+        for fd in (null, *kept):
+            os.close(fd)
+        signal.signal(signal.SIGHUP, hangup)
+
+
+# After a rank was killed or crashed, as by a failing node; not where the run ended by an error of its own.
+REQUEUE = """code=$?
+case $code in 134|135|136|137|139)
+    [ ${SLURM_RESTART_COUNT:-0} -lt 20 ] && scontrol requeue $SLURM_JOB_ID ;;
+esac
+exit $code"""
+
+
+def submit(asked: argparse.Namespace, argv: list[str], get_args: Callable) -> None:
+    """Submits a run, or the points of a sweep as one job array, and says where they are."""
+    slurm, script = asked.submit == "slurm", Path(sys.argv[0]).absolute()
+    if "RANK" in os.environ:
+        fail("--submit under torchrun: start it with python, a job's tasks are its ranks")
+    if asked.gpus and asked.tasks:
+        fail("--tasks is for nodes without GPUs: with --gpus, each GPU has a rank")
+    for name in () if slurm else ("nodes", "minutes", "partition", "slurm"):
+        if getattr(asked, name):
+            fail(f"--{name} needs --submit slurm")
+    root, points = sweep_points(asked.sweep or [], argv, get_args)
+    if asked.sweep and (root / "args.json").exists():
+        fail(f"--out {root} holds a run: give the sweep another")
+    for out in (root / name for name in points):
+        if (state := state_of(out)[0]) in ("waiting", "running"):
+            fail(f"{out} is {state} already: choose another --out, or end that job")
+    try:
+        import cloudpickle
+        import submitit
+    except ImportError:
+        fail("--submit needs submitit: pip install submitit")
+    nodes, minutes = asked.nodes or 1, asked.minutes or 60
+    if slurm:
+        check_slurm(asked.partition, nodes)
+    gpus = min(1, torch.cuda.device_count()) if asked.gpus is None and not slurm else asked.gpus or 0
+    tasks = gpus or asked.tasks or 1
+    share = asked.cpus or (1 if slurm else max(1, os.cpu_count() // tasks))
+    options = (option.partition("=") for option in asked.slurm or ())
+    options = {key.replace("-", "_"): value or True for key, _, value in options}
+    folder = root.absolute() / "submit"
+    made = next((path for path in [*reversed(folder.parents), folder] if not path.exists()), None)
+    cloudpickle.register_pickle_by_value(sys.modules[Job.__module__])
+    lives = {f"{asked.submit}_max_num_timeout": 1000}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for source in (script, Path(__file__)):  # the run is that of the code as it is now
+            shutil.copy(source, folder)
+        executor = submitit.AutoExecutor(folder, cluster=asked.submit, **lives)
+        executor.update_parameters(
+            name=root.name, nodes=nodes, gpus_per_node=gpus or None, tasks_per_node=tasks,
+            cpus_per_task=share, timeout_min=minutes if slurm else 10**6,
+            slurm_signal_delay_s=min(300, 6 * minutes), slurm_srun_args=["--kill-on-bad-exit=1"],
+            stderr_to_stdout=True, slurm_partition=asked.partition,
+            slurm_setup=["export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK"], slurm_teardown=[REQUEUE],
+            slurm_additional_parameters={"requeue": True, **options},
+        )  # fmt: skip
+        with contextlib.redirect_stderr(io.StringIO()), in_background(), executor.batch():
+            jobs = {}
+            for name, flags in points.items():
+                command = [str(folder / script.name), *argv, *flags, "--out", str((root / name).absolute())]
+                jobs[name] = executor.submit(Job([str(folder), str(script.parent)], command, share))
+        for name, job in jobs.items():
+            (root / name).mkdir(exist_ok=True)
+            record = dict(cluster=asked.submit, job=job.job_id, log=str(job.paths.stdout))
+            (root / name / "job.json").write_text(json.dumps(record))
+    except (OSError, submitit.core.utils.FailedJobError) as error:
+        if made:
+            shutil.rmtree(made, ignore_errors=True)
+        said = re.search("sbatch: .*", str(error)) or re.search(".*", str(error))
+        fail(f"--submit {asked.submit}: {said[0]}")
+    print(f"{asked.submit}: {nodes} x {tasks} ranks, {gpus} GPUs a node, {share} CPUs a rank")
+    for name, job in jobs.items():
+        print(f"job {job.job_id}: {root / name}, log {job.paths.stdout}")
+    print(f"follow: tail -f {job.paths.stdout}\n        python common.py {root}")
+
+
+# -------------------------------------------------------------------------------------------- table
+
+
+@lru_cache
+def queue() -> dict[str, str] | None:
+    """SLURM's word for each of my jobs that is not over, by number; None where SLURM does not answer."""
+    text = ask("squeue", "-h", "-r", "--me", "-o", "%i %T")
+    return None if text is None else dict(line.split() for line in text.splitlines())
+
+
+def read_json(path: Path, text: str | None = None) -> dict:
+    """An object from a file, or from the text of its line; empty where there is none, or half of one."""
+    try:
+        value = json.loads(path.read_text() if text is None else text)
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def json_lines(path: Path) -> list[dict]:
+    return [read_json(path, line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def newest(out: Path) -> dict:
+    """Each value that the run logged, as it was last."""
+    return {key: value for record in json_lines(out / "log.jsonl") for key, value in record.items()}
+
+
+def locked(out: Path) -> bool:
+    """Whether a run holds the directory; asked without taking the lock, which a run could miss then."""
+    try:
+        with open(out / ".lock", "r+") as file:
+            answer = fcntl.fcntl(file, fcntl.F_GETLK, struct.pack("hhqqi", fcntl.F_WRLCK, 0, 0, 0, 0))
+    except OSError:
+        return False
+    return struct.unpack("hhqqi", answer)[0] != fcntl.F_UNLCK
+
+
+def state_of(out: Path) -> tuple[str, str]:
+    """waiting, running, done, failed with the job's last sentence, or stopped where it had no job."""
+    job, last = read_json(out / "job.json"), newest(out)
+    word = (queue() or {}).get(job["job"], "") if job.get("cluster") == "slurm" else ""
+    if word.startswith(("PENDING", "CONFIGURING", "REQUEUE")):
+        return "waiting", ""
+    process = Path("/proc", job.get("job", "none"), "cmdline")  # a local job's number is its process's
+    alive = job.get("cluster") == "local" and process.exists() and b"submitit" in process.read_bytes()
+    if word or alive or locked(out):
+        return "running", ""
+    if "steps" in last and last["step"] == last["steps"]:
+        return "done", ""
+    if not job:
+        return "stopped", ""
+    if job["cluster"] == "slurm" and queue() is None:
+        return "unknown", "SLURM does not answer here"
+    text = Path(job["log"]).read_text(errors="replace") if Path(job["log"]).exists() else "no log"
+    if "Job completed successfully" in text:  # submitit's word, for scripts that log no steps
+        return "done", ""
+    lines = [line for line in re.split(r"[\r\n]+", text) if line.strip()]
+    noise = re.compile(r"srun: |submitit |slurmstepd\S*: error: \*\*\* STEP")  # what follows from the error
+    lines = [line for line in lines if not noise.match(line)]
+    errors = [line for line in lines if re.search("error|cancelled|: saved", line, re.I)]
+    return "failed", re.sub(r"^\S+: error: ", "", (errors or lines or [""])[-1])
+
+
+def table(runs: list[str], by: str) -> None:
+    """Prints a line for each run below `runs`: what differs, state, step, loss, kNN and linear accuracy."""
+    found = (
+        path.parent for top in runs for kind in ("args", "job") for path in Path(top).rglob(f"{kind}.json")
+    )
+    args, rows = {}, []
+    for out in sorted({*found}):
+        swept = (item.split("=") for item in out.name.split(",") if item.count("=") == 1)
+        args[out] = {name.replace("-", "_"): value for name, value in swept}  # of a run that never began
+        args[out].update(read_json(out / "args.json"))
+    values = {}
+    for key, value in ((key, value) for one in args.values() for key, value in one.items()):
+        values.setdefault(key, set()).add(str(value))
+    differ = [key for key, seen in values.items() if len(seen) > 1 and key not in Run.FREE]
+    for out, one in args.items():
+        last, (state, words) = newest(out), state_of(out)
+        results = [*out.glob("results.jsonl"), *out.glob("*/results.jsonl")]
+        results = [r for path in results for r in json_lines(path) if r.get("mode", "linear") == "linear"]
+        linear = [r["top1"] for r in results if "top1" in r]
+        row = dict(run=out, **{key: one.get(key, "") for key in differ}, state=state)
+        row["step"] = f"{last['step']}/{last['steps']}" if "steps" in last else ""
+        row["loss"] = f"{last['loss']:.4f}" if "loss" in last else ""
+        row["knn"] = f"{100 * last['knn']:.1f}" if "knn" in last else ""
+        row["linear"] = f"{100 * max(linear):.1f}" if linear else ""
+        rows.append({key: str(value) for key, value in dict(row, words=words).items()})
+    if not rows:
+        fail(f"no runs below {', '.join(runs)}")
+    if by not in rows[0]:
+        fail(f"--by {by}: choose from {', '.join(rows[0])}")
+
+    def place(row):  # accuracies from the best down, all else up, what is missing last
+        text, sign = row[by], -1 if by in ("knn", "linear") else 1
+        try:
+            return text == "", 0, sign * float(text.partition("/")[0])
+        except ValueError:
+            return text == "", 1, text
+
+    head = {key: key.replace("words", "") for key in rows[0]}
+    width = {key: max(len(row[key]) for row in (head, *rows)) for key in head}
+    for row in (head, *sorted(rows, key=place)):
+        print("  ".join(text.ljust(width[key]) for key, text in row.items() if width[key]).rstrip())
+
+
+if __name__ == "__main__":
+    parser = Parser(description="A table of runs: what differs, state, step, loss, kNN and linear accuracy")
+    parser.add_argument("runs", nargs="+", help="run directories, or folders with some below")
+    parser.add_argument("--by", default="run", help="the column to sort by")
+    table(**vars(parser.parse_args()))

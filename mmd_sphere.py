@@ -116,7 +116,7 @@ def get_args(argv=None):
         help="b_1, b_2, ..., weights of the Legendre polynomials",
     )
     add("--tau", type=common.number(float, 0), default=2.0, help="tau of the rbf kernel, exp(-2 tau (1 - t))")
-    add("--log", action="store_true", help="logarithm of the mean over i != j (rbf: the uniformity loss)")
+    add("--log", action=argparse.BooleanOptionalAction, default=False, help="log of the mean over i != j")
     add("--zero-init", action=argparse.BooleanOptionalAction, help="last BN gain of each residual block at 0")
     add("--hidden", type=common.number(int, 1), nargs="+", help="widths of the projector's hidden layers")
     add("--dim", type=common.number(int, 2), help="d, dimension of the embedding")
@@ -159,4 +159,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(get_args())
+    common.launch(main, get_args)

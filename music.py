@@ -193,4 +193,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(get_args())
+    common.launch(main, get_args)
