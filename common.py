@@ -1083,7 +1083,6 @@ class Run:
 
         evaluate: the backbone (`width` features) that is watched and exported; state: for the checkpoint.
         """
-        barrier()  # every rank has checked the directory
         self.data = load_small(self.data, self.device)
         self.probe = None
         if self.data.test:
@@ -1093,6 +1092,7 @@ class Run:
 
     def open(self, evaluate: nn.Module, state: dict) -> None:
         """The directory, locked and described, with the state of its checkpoint if there is one."""
+        barrier()  # every rank has checked the directory
         self.backbone, self.state, self.pending, self.knn = evaluate, state, None, []
         try:
             self.out.mkdir(parents=True, exist_ok=True)

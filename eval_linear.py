@@ -210,18 +210,12 @@ def load_backbone(args: argparse.Namespace) -> tuple[nn.Module, int]:
                 fail(f"--backbone torchvision: the weights of {args.arch} cannot be had ({error})")
             weights = {name: value for name, value in weights.items() if not name.startswith("fc.")}
     else:
-        weights = read_weights(args.backbone)
-        first = weights.get("conv1.weight", torch.empty(0, 0, 7))
-        stem, found, closest = "cifar" if first.shape[-1] == 3 else "imagenet", shapes_of(weights), None
+        weights, wrong = read_weights(args.backbone), {}
+        stem = "cifar" if weights.get("conv1.weight", torch.empty(7)).shape[-1] == 3 else "imagenet"
         for arch in ARCHS:
             with torch.device("meta"):
-                wrong = found ^ shapes_of(common.resnet(arch, stem)[0].state_dict())
-            if closest is None or len(wrong) < len(closest[1]):
-                closest = arch, wrong
-        arch, wrong = closest
-        if wrong:
-            keys = ", ".join(sorted({name for name, _ in wrong})[:3])
-            fail(f"--backbone {args.backbone} is no ResNet of torchvision: {arch} differs first in {keys}")
+                wrong[arch] = len(shapes_of(weights) ^ shapes_of(common.resnet(arch, stem)[0].state_dict()))
+        arch = min(wrong, key=wrong.get)
         for name, asked, read in (("arch", args.arch, arch), ("stem", args.stem, stem)):
             if asked not in (None, read):
                 fail(f"--{name} {asked}: the weights in {args.backbone} are of {read}")
@@ -229,8 +223,8 @@ def load_backbone(args: argparse.Namespace) -> tuple[nn.Module, int]:
         net, width = common.resnet(arch, stem)
     if wrong := shapes_of(weights) ^ shapes_of(net.state_dict()):
         keys = ", ".join(sorted({name for name, _ in wrong})[:3])
-        fail(f"--backbone {args.backbone} with --arch {args.arch} --stem {args.stem} differs first in {keys}")
-    net.load_state_dict(weights, strict=False)  # no key is missing but counters
+        fail(f"--backbone {args.backbone} does not fit {args.arch} with stem {args.stem}, first in {keys}")
+    net.load_state_dict(weights, strict=False)  # nothing is missing but counters
     args.backbone_hash = digest(*(t for _, t in sorted(net.state_dict().items()) if t.is_floating_point()))
     return net, width
 
@@ -424,8 +418,9 @@ class Evaluation(common.Run):
         data = open_labelled(checked)
         self.train = choose_labels(data.train, args.labels, args.seed) if args.labels else data.train
         self.test, self.classes = data.test, data.classes
-        args.size = args.size or trained_size(args.backbone) or small_side(self.test) or 224
-        args.data_hash = fingerprint(self.train)[:8] + fingerprint(self.test)[:8]
+        args.size = args.size or default_size(args.backbone, self.test)
+        self.keys = dict(train=fingerprint(self.train), test=fingerprint(self.test))
+        args.data_hash = self.keys["train"][:8] + self.keys["test"][:8]
         n, held = len(self.train.labels), torch.zeros(len(self.train.labels), dtype=torch.bool)
         self.points = [(lr, wd) for lr in args.lr or () for wd in args.wd or ()]
         if args.mode == "lbfgs" or len(self.points) > 1:
@@ -448,8 +443,8 @@ class Evaluation(common.Run):
 
     def extract(self, split: Pixels | Files, name: str) -> tuple[Tensor, Tensor]:
         """Features (m, D) of centre crops and labels (m,) on every rank's device; from disk, if there."""
-        begun, key = time.monotonic(), f"{fingerprint(split)}-{self.args.size}-{self.args.precision}"
-        path = Path(self.args.features) / f"{name}-{key}.pt"
+        begun, key = time.monotonic(), self.keys.get(name) or fingerprint(split)
+        path = Path(self.args.features) / f"{name}-{key}-{self.args.size}-{self.args.precision}.pt"
         try:
             saved = torch.load(path, map_location=self.device, weights_only=True)
             fresh = saved["backbone"] == self.args.backbone_hash
@@ -480,12 +475,10 @@ class Evaluation(common.Run):
 
     def batches(self):
         if self.args.mode != "cached":
-            return super().batches()
-        return self._cached_batches()
-
-    def _cached_batches(self):
-        a = self.args
-        for _, index in common.Batches(len(self.h_fit), a.batch_size, a.seed, self.step, self.total):
+            yield from super().batches()
+            return
+        order = common.Batches(len(self.h_fit), self.args.batch_size, self.args.seed, self.step, self.total)
+        for _, index in order:
             index = index.to(self.device)
             yield [self.h_fit[index]], self.y_fit[index]
 
@@ -514,19 +507,14 @@ class Evaluation(common.Run):
             self.record(done, loss=least, rate=factor)
 
 
-def trained_size(backbone: str) -> int | None:
-    """--size of the run that left this backbone."""
+def default_size(backbone: str, split: Pixels | Files) -> int:
+    """--size of the run that left this backbone; or the side of images small enough for memory; or 224."""
     try:
         return json.loads((Path(backbone).parent / "args.json").read_text())["size"]
     except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def small_side(split: Pixels | Files) -> int | None:
-    """The side of images small enough to be kept in memory."""
-    image = split.images[0] if isinstance(split, Pixels) else split.read(0)
+        image = split.images[0] if isinstance(split, Pixels) else split.read(0)
     side = min(image.shape[1:]) if image is not None else 0
-    return side if 12 <= side <= common.MEMORY_SIDE else None
+    return side if 12 <= side <= common.MEMORY_SIDE else 224
 
 
 def probe(run: Evaluation) -> dict:
