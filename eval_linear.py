@@ -82,9 +82,10 @@ class Heads(nn.Module):
 
     def accuracy(self, h: Tensor, y: Tensor) -> Tensor:
         """Share of h (m, D), the same on every rank, that each head has right: (G,); 0 if it has diverged."""
-        rows = torch.arange(rank(), len(h), world(), device=h.device).split(1024)
-        right = sum((self(h[i]).argmax(2) == y[i, None]).sum(0) for i in rows)
-        share = common.all_reduce(torch.as_tensor(right, device=h.device).double()) / len(h)
+        mine = slice(rank(), None, world())
+        pairs = zip(h[mine].split(1024), y[mine].split(1024), strict=True)
+        right = sum((self(rows).argmax(2) == labels[:, None]).sum(0) for rows, labels in pairs)
+        share = common.all_reduce(right.double()) / len(h)
         return share * self.weight.flatten(1).isfinite().all(1)
 
 
@@ -107,7 +108,7 @@ def fit_logistic(h: Tensor, y: Tensor, classes: int, penalty: float, start: Tens
         W, b = (V * scale).tensor_split([-1], 1)
         logp = torch.addmm(b[:, 0], h, W.mT).log_softmax(1)
         P = logp.exp()
-        P[torch.arange(len(y)), y] -= 1
+        P[torch.arange(len(y), device=y.device), y] -= 1
         sums = torch.cat([(P.mT @ h).flatten(), P.sum(0), -logp.gather(1, y[:, None]).sum(0)])
         sums = common.all_reduce(sums) / N
         gradient[:, :-1] = sums[: W.numel()].view_as(W) + penalty * W
@@ -215,6 +216,8 @@ def load_backbone(args: argparse.Namespace) -> tuple[nn.Module, int]:
         for arch in ARCHS:
             with torch.device("meta"):
                 wrong[arch] = len(shapes_of(weights) ^ shapes_of(common.resnet(arch, stem)[0].state_dict()))
+            if not wrong[arch]:
+                break
         arch = min(wrong, key=wrong.get)
         for name, asked, read in (("arch", args.arch, arch), ("stem", args.stem, stem)):
             if asked not in (None, read):
@@ -438,7 +441,8 @@ class Evaluation(common.Run):
         if args.mode in ("linear", "finetune"):
             self.data = common.load_small(Data(part(self.train, self.fit), None, self.classes), self.device)
         self.epoch_steps = max(1, len(self.data.train.labels) // batch)
-        self.step, self.stop, self.total, self.seconds = 0, 0, (args.epochs or 0) * self.epoch_steps, {}
+        self.step, self.stop, self.total = 0, 0, (args.epochs or 0) * self.epoch_steps
+        self.kept, self.seconds = {}, {}
         self.net = common.prepare(net, args, self.device)
 
     def extract(self, split: Pixels | Files, name: str) -> tuple[Tensor, Tensor]:
@@ -459,7 +463,8 @@ class Evaluation(common.Run):
             if rank() == 0:
                 self._keep(path, dict(saved, h=h.cpu(), y=y.cpu()))
         self.seconds[f"features of {name}"] = round(time.monotonic() - begun, 2)
-        return saved["h"], saved["y"]
+        self.kept[name] = saved["h"], saved["y"]
+        return self.kept[name]
 
     def features_of(self, split: Pixels | Files) -> tuple[Tensor, Tensor]:
         """L2-normalised features (m, D) and labels (m,) of all of its images, made now."""
@@ -559,9 +564,10 @@ def logistic(run: Evaluation) -> dict:
     (h, y), (h_test, y_test) = run.extract(run.train, "train"), run.extract(run.test, "test")
     begun, C, D, grid = time.monotonic(), len(run.classes), run.width, []
     mean = h.double().mean(0)
-    axes = torch.linalg.eigh((h.double() - mean).mT @ (h.double() - mean))[1]  # uncorrelated; |W| is the same
-    norm = (h.double() - mean).square().sum(1).mean().sqrt()  # a penalty means the same for every backbone
-    h, h_test = ((x.double() - mean) @ axes / norm for x in (h, h_test))
+    h, h_test = (x.double() - mean for x in (h, h_test))
+    axes = torch.linalg.eigh(h.mT @ h)[1]  # features along them are uncorrelated, and |W| is the same
+    norm = h.square().sum(1).mean().sqrt()  # so that a penalty means the same for every backbone
+    h, h_test = (x @ axes / norm for x in (h, h_test))
     share, weight = lambda rows: rows[rank() :: world()], h.new_zeros(C, D + 1)
     fit, held = share(run.fit), share(run.held)
     score = lambda x: x @ weight[:, :-1].mT + weight[:, -1]
@@ -649,10 +655,10 @@ def spread(split: Pixels | Files, most: int) -> Pixels | Files:
 
 
 def neighbour_sheet(run: Evaluation, queries: int = 12, k: int = 9, side: int = 64) -> Tensor:
-    """A row for each of some test images, then its nearest of at most 10,000 training images, framed green
-    where the class is right and red where it is wrong: (3, H, W) uint8."""
-    test, bank = spread(run.test, queries), spread(run.train, 10_000)
-    (h, y), (h_bank, y_bank) = (run.features_of(split) for split in (test, bank))
+    """A row for each of some test images, then its nearest training images (of 10,000, where features are not
+    kept), framed green where the class is right and red where it is wrong: (3, H, W) uint8."""
+    test, bank = spread(run.test, queries), run.train if "train" in run.kept else spread(run.train, 10_000)
+    (h, y), (h_bank, y_bank) = run.features_of(test), run.kept.get("train") or run.features_of(bank)
     _, at = nearest(h, h_bank, k)
     right = (y_bank[at] == y[:, None]).cpu()
     green, red, blue = torch.tensor([[0.1, 0.7, 0.2], [0.9, 0.1, 0.1], [0.2, 0.3, 1]])[:, :, None, None]
@@ -710,6 +716,7 @@ def report(run: Evaluation, found: dict, sheet: Tensor, projected: tuple | None,
         images=dict(images, test=len(run.test.labels)), classes=len(run.classes),
         views=dict(training=crops, test="centre crop", size=args.size),
         chosen_on="held-out training images" if len(run.held) else "nothing was chosen",
+        reported="fitted again on all training images" if args.mode == "lbfgs" else "as trained",
         ranks=world(), seconds=dict(run.seconds, all=round(time.monotonic() - run.begun, 2)),
         versions=dict(torch=torch.__version__, torchvision=torchvision.__version__, python=sys.version),
         args=vars(args),
