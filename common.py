@@ -375,7 +375,17 @@ def make_view(cut, u: Tensor, view: View, device: torch.device) -> Tensor:
 # --------------------------------------------------------------------------------------------- data
 
 datasets = torchvision.datasets
-NAMED_DATA = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100, "stl10": datasets.STL10}
+TRAIN, VAL, TRAINVAL, TEST = (dict(split=name) for name in ("train", "val", "trainval", "test"))
+NAMED_DATA = {  # training splits, together, and the test split; the first three are arrays, the others files
+    "cifar10": (datasets.CIFAR10, [dict(train=True)], dict(train=False)),
+    "cifar100": (datasets.CIFAR100, [dict(train=True)], dict(train=False)),
+    "stl10": (datasets.STL10, [dict(split="train+unlabeled")], TEST),
+    "flowers102": (datasets.Flowers102, [TRAIN, VAL], TEST),
+    "oxford_iiit_pet": (datasets.OxfordIIITPet, [TRAINVAL], TEST),
+    "dtd": (datasets.DTD, [TRAIN, VAL], TEST),
+    "food101": (datasets.Food101, [TRAIN], TEST),
+    "fgvc_aircraft": (datasets.FGVCAircraft, [TRAINVAL], TEST),
+}
 SUFFIXES = (b".jpg", b".jpeg", b".png", b".webp", b".bmp", b".gif", b".ppm", b".tif", b".tiff")
 MEMORY_SIDE, MEMORY_BYTES = 128, 4 << 30  # images of at most this side are kept decoded, if all of them fit
 MAX_UNREADABLE = 0.01
@@ -450,9 +460,12 @@ def _list_split(folder: Path, classes: list[str]) -> Files:
     if unknown := sorted(set(names) - set(classes)) if classes else []:
         fail(f"{folder}: {len(unknown)} entries are no class folder of train/: {', '.join(unknown[:3])}")
     number_of = {name: i for i, name in enumerate(classes)}
+    return files_of(paths, [number_of.get(name, -1) for name in names])
+
+
+def files_of(paths: list[bytes], labels: list[int]) -> Files:
     blob = torch.frombuffer(bytearray(b"".join(paths)), dtype=torch.uint8)
-    ends = torch.tensor([len(path) for path in paths]).cumsum(0)
-    return Files(blob, ends, torch.tensor([number_of.get(name, -1) for name in names]), set())
+    return Files(blob, torch.tensor([len(path) for path in paths]).cumsum(0), torch.tensor(labels), set())
 
 
 def list_folder(root: Path, cache: Path) -> Data:
@@ -511,21 +524,30 @@ def report_unreadable(files: Files, found: list[int]) -> None:
 
 def named_data(name: str, root: str) -> Data:
     """A torchvision data set by name, downloaded where it is missing."""
-    kind, splits = NAMED_DATA[name], (dict(train=True), dict(train=False))
-    if name == "stl10":
-        splits = dict(split="train+unlabeled"), dict(split="test")
+    kind, train_splits, test_split = NAMED_DATA[name]
     try:
-        for split in splits if rank() == 0 else ():
+        for split in [*train_splits, test_split] if rank() == 0 else ():
             kind(root, download=True, **split)
         barrier()
-        train, test = (kind(root, **split) for split in splits)
-    except (OSError, RuntimeError) as error:
+        *trains, test = (kind(root, **split) for split in [*train_splits, test_split])
+    except (OSError, RuntimeError, ImportError) as error:  # flowers102 needs scipy
         fail(f"{name} is not in {root} and cannot be had ({error}): give --data {name}:/where/it/lies")
-    if name == "stl10":
-        train, test = (Pixels(torch.tensor(x.data), torch.tensor(x.labels).long()) for x in (train, test))
-        return Data(train, test, list(kind(root).classes))
-    splits = ((torch.tensor(x.data).permute(0, 3, 1, 2).contiguous(), x.targets) for x in (train, test))
-    return Data(*(Pixels(images, torch.tensor(labels)) for images, labels in splits), train.classes)
+    if hasattr(test, "data"):
+        return Data(_to_pixels(trains[0]), _to_pixels(test), list(test.classes))
+    return Data(_to_files(trains), _to_files([test]), list(map(str, getattr(test, "classes", ()))))
+
+
+def _to_pixels(found) -> Pixels:
+    images = torch.tensor(found.data)
+    if hasattr(found, "labels"):  # STL-10, (n, 3, H, W) already
+        return Pixels(images, torch.tensor(found.labels).long())
+    return Pixels(images.permute(0, 3, 1, 2).contiguous(), torch.tensor(found.targets))
+
+
+def _to_files(found: list) -> Files:
+    """torchvision has no public way to paths and labels that does not decode the images."""
+    paths = [os.fsencode(path) for x in found for path in (getattr(x, "_image_files", None) or x._images)]
+    return files_of(paths, [label for x in found for label in x._labels])
 
 
 GLYPHS = {  # signed distances from the outline, in glyph radii, at (a, b) from the centre
@@ -952,17 +974,22 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> float:
 
 @torch.no_grad()
 def features(
-    backbone: nn.Module, split: Pixels | Files, index: Tensor, args: argparse.Namespace, device: torch.device
+    backbone: nn.Module,
+    split: Pixels | Files,
+    index: Tensor,
+    args: argparse.Namespace,
+    device: torch.device,
+    unit: bool = True,
 ):
-    """L2-normalised float32 features (m, D) and labels (m,) of images `index`, the same on every rank."""
+    """float32 features (m, D), L2-normalised if `unit`, and labels (m,) of images `index`, on every rank."""
     padded = torch.cat([index, index[:1].expand(-len(index) % world())])  # to equal shards
-    mine, found = padded[rank() :: world()], []
+    mine, found, training = padded[rank() :: world()], [], backbone.training
     backbone.eval()
     for x, y in centre_batches(split, mine, args, device):
         with autocast(args, device):
             h = backbone(x.double() if args.precision == "fp64" else x)
-        found.append((F.normalize(h.float(), dim=1), y))
-    backbone.train()
+        found.append((F.normalize(h.float(), dim=1) if unit else h.float(), y))
+    backbone.train(training)
     h, y = (all_gather(torch.cat(t)) for t in zip(*found, strict=True))
     order = torch.arange(len(h), device=device).view(world(), -1).mT.flatten()[: len(index)]
     return h[order], y[order]
@@ -1039,6 +1066,7 @@ class Run:
     """
 
     FREE = {"out", "workers", "device", "save_minutes", "log_every"}  # arguments that may change on resume
+    EXPORT = "backbone.pth"
 
     def __init__(self, args: argparse.Namespace, script: str):
         self.args, self.script, self.out = args, Path(script), Path(args.out)
@@ -1074,12 +1102,17 @@ class Run:
 
         evaluate: the backbone (`width` features) that is watched and exported; state: for the checkpoint.
         """
-        barrier()  # every rank has checked the directory
         self.data = load_small(self.data, self.device)
-        self.backbone, self.state, self.pending, self.knn, self.probe = evaluate, state, None, [], None
+        self.probe = None
         if self.data.test:
             self.probe = Probe(width, len(self.data.classes), self.args, self.device)
             state.update(probe=self.probe, probe_optimizer=self.probe.optimizer)
+        self.open(evaluate, state)
+
+    def open(self, evaluate: nn.Module, state: dict) -> None:
+        """The directory, locked and described, with the state of its checkpoint if there is one."""
+        barrier()  # every rank has checked the directory
+        self.backbone, self.state, self.pending, self.knn = evaluate, state, None, []
         try:
             self.out.mkdir(parents=True, exist_ok=True)
             if rank() == 0:
@@ -1097,8 +1130,10 @@ class Run:
         except OSError as error:
             fail(f"--out {self.out} cannot be written: {error.strerror or error}")
         self.votes = dist.new_group(backend="gloo") if world() > 1 else None  # on signals, without the GPU
-        signals = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
-        self.handlers = {name: signal.signal(name, self._on_signal) for name in signals}
+        if rank() == 0:
+            from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+            self.board = SummaryWriter(str(self.out), purge_step=self.step)
 
     def _lock(self) -> None:
         self.lock = open(self.out / ".lock", "w")  # held until this process ends, however it ends, and
@@ -1132,7 +1167,7 @@ class Run:
             if (self.out / "checkpoint.pt").exists():
                 os.replace(self.out / "checkpoint.pt", self.out / "checkpoint-previous.pt")
             os.replace(self.out / "checkpoint-new.pt", self.out / "checkpoint.pt")
-            self._write("backbone.pth", lambda file: torch.save(self.backbone.state_dict(), file))
+            self._write(self.EXPORT, lambda file: torch.save(self.backbone.state_dict(), file))
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
             fail(f"step {self.step} cannot be saved in {self.out} ({error}); the checkpoint before is kept")
 
@@ -1171,10 +1206,8 @@ class Run:
 
     def steps(self):
         """Yields (step, [views], labels) from where the run stands to the end; evaluates, saves between."""
-        if rank() == 0:
-            from torch.utils.tensorboard import SummaryWriter  # slow to import
-
-            self.board = SummaryWriter(str(self.out), purge_step=self.step)
+        signals = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+        self.handlers = {name: signal.signal(name, self._on_signal) for name in signals}
         interval = 0.5 if sys.stderr.isatty() else 30
         self.bar = tqdm(total=self.total, initial=self.step, disable=rank() > 0, mininterval=interval)
         self.saved_at = self.clock = time.monotonic()
@@ -1182,8 +1215,7 @@ class Run:
         try:
             if self.step == 0:
                 self.evaluate()
-            source = view_batches(self.data.train, self.args, self.device, self.step, self.total)
-            with contextlib.closing(source) as batches:  # ends the workers, however the loop ends
+            with contextlib.closing(self.batches()) as batches:  # ends the workers, however the loop ends
                 for xs, y in batches:
                     if self.step == 0:
                         self._show(xs)
@@ -1200,6 +1232,10 @@ class Run:
             if rank() == 0:
                 self.board.close()
                 self.lock.close()
+
+    def batches(self):
+        """Yields (views, labels) of the steps that are left."""
+        return view_batches(self.data.train, self.args, self.device, self.step, self.total)
 
     def _show(self, xs: list[Tensor]) -> None:
         """The views of the first eight images on TensorBoard, one row a view."""
@@ -1677,13 +1713,13 @@ def table(runs: list[str], by: str) -> None:
     for out, one in args.items():
         last, (state, words) = newest(out), state_of(out)
         results = [*out.glob("results.jsonl"), *out.glob("*/results.jsonl")]
-        results = [r for path in results for r in json_lines(path) if r.get("mode", "linear") == "linear"]
-        linear = [r["top1"] for r in results if "top1" in r]
+        results = [r for path in results for r in json_lines(path) if r.get("mode") in ("linear", "cached")]
+        linear = [r["top1"] for r in results if "top1" in r]  # in %
         row = dict(run=out, **{key: one.get(key, "") for key in differ}, state=state)
         row["step"] = f"{last['step']}/{last['steps']}" if "steps" in last else ""
         row["loss"] = f"{last['loss']:.4f}" if "loss" in last else ""
         row["knn"] = f"{100 * last['knn']:.1f}" if "knn" in last else ""
-        row["linear"] = f"{100 * max(linear):.1f}" if linear else ""
+        row["linear"] = f"{max(linear):.1f}" if linear else ""
         rows.append({key: str(value) for key, value in dict(row, words=words).items()})
     if not rows:
         fail(f"no runs below {', '.join(runs)}")

@@ -218,10 +218,10 @@ def test_the_table_says_what_differs_and_how_each_run_stands(tmp_path, capsys, m
 
     whole = run("whole", 0.1, 8, knn=0.5)
     (whole / "linear").mkdir()
-    results = [dict(mode="linear", top1=0.61), dict(mode="knn", top1=0.9), dict(mode="linear", top1=0.6)]
+    results = [dict(mode="linear", top1=61.0), dict(mode="knn", top1=90.0), dict(mode="linear", top1=60.0)]
     (whole / "linear" / "results.jsonl").write_text("\n".join(map(json.dumps, results)))
     better = run("better", 0.2, 8, knn=0.7, local_crops=2)
-    (better / "results.jsonl").write_text(json.dumps(dict(top1=0.59)))
+    (better / "results.jsonl").write_text(json.dumps(dict(mode="cached", top1=59.0)))
     run("waits", 0.1, 0, job="7_0")
     run("runs", 0.1, 2, job="7_1")
     error = "hsic.py: error: step 3: the loss is not finite (loss nan)\n"
