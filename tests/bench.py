@@ -9,6 +9,7 @@ formulas, (d) the training step against the network alone, (e) communication on 
 """
 
 import argparse
+import ctypes
 import gc
 import json
 import math
@@ -82,8 +83,9 @@ def peak_memory(run, device) -> float:
         return int(next(line for line in lines if line.startswith(key)).split()[1]) / 1024
 
     try:
+        ctypes.CDLL(None).malloc_trim(0)  # memory that is free but kept
         Path("/proc/self/clear_refs").write_text("5")  # resets the mark
-    except OSError:
+    except (OSError, AttributeError):
         return math.nan
     before = status("VmRSS")
     run()
@@ -295,7 +297,14 @@ def losses(table, options):
         share, what = ratio(times, "here", "plain"), f"{method}, N = {N}, d = {d}"
         note = f"plain {statistics.median(times['plain']):.4g} s, ratio {share:.2f}"
         table.add(what, statistics.median(times["here"]), "s", note)
-        table.add(f"{what}: added memory", here, "MiB", f"plain {plain:.0f} MiB, ratio {here / plain:.2f}")
+        table.add(
+            f"{what}: added memory", here, "MiB", f"plain {plain:.0f} MiB, ratio {here / max(plain, 1):.2f}"
+        )
+    sweeps(table, options, full)
+
+
+def sweeps(table, options, full):
+    """Seconds of each loss over N, and over d."""
     sizes = [1024, 2048, 4096, 8192, 16384] if full else [256, 512, 1024, 2048]
     sweep = [(method, N, d) for method, d in zip(METHODS, (256, 256, 1024, 2048), strict=True) for N in sizes]
     sizes = [512, 1024, 2048, 4096] if full else [256, 512, 1024]
