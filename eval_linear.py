@@ -281,7 +281,7 @@ def open_labelled(args: argparse.Namespace) -> Data:
         for folder in folders[:2]:
             if not folder.is_dir() or not any(path.is_dir() for path in folder.iterdir()):
                 fail(f"--data {root} is unlabelled: {folder} is no folder of class folders")
-    data = common.open_data(args, Path(os.devnull))
+    data = common.open_data(argparse.Namespace(data=args.data, batch_size=1), Path(os.devnull))
     train, test = (part(s, (s.labels >= 0).nonzero()[:, 0]) if (s.labels < 0).any() else s for s in data[:2])
     known, tested = set(train.labels.tolist()), set(test.labels.tolist())
     if known != tested:
@@ -321,7 +321,7 @@ def choose_labels(train: Pixels | Files, labels: str, seed: int) -> Pixels | Fil
 # ---------------------------------------------------------------------------------------- arguments
 
 # fmt: off
-GRID = dict(lr=[x * 10**e for e in (-2, -1, 0, 1) for x in (1, 2, 5)], wd=[0.0, 1e-6, 1e-5, 1e-4])  # 48 heads
+GRID = dict(lr=[x * 10.0**e for e in range(-3, 2) for x in (1, 2, 5)], wd=[0.0, 1e-6, 1e-4])  # 45 heads
 MODES = {  # each with its flags and their defaults
     "linear": dict(epochs=100, batch_size=256, **GRID),
     "cached": dict(epochs=20, batch_size=256, **GRID),
@@ -414,11 +414,10 @@ class Evaluation(common.Run):
     def __init__(self, args: argparse.Namespace):
         self.args, self.script, self.out, self.begun = args, Path(__file__), Path(args.out), time.monotonic()
         batch = getattr(args, "batch_size", None) or 2 * world()
-        checked = argparse.Namespace(**{**vars(args), "batch_size": batch})
-        self.device = common.start_ranks(checked)
+        self.device = common.start_ranks(argparse.Namespace(**{**vars(args), "batch_size": batch}))
         torch.manual_seed(args.seed)
         net, self.width = load_backbone(args)
-        data = open_labelled(checked)
+        data = open_labelled(args)
         self.train = choose_labels(data.train, args.labels, args.seed) if args.labels else data.train
         self.test, self.classes = data.test, data.classes
         args.size = args.size or default_size(args.backbone, self.test)
