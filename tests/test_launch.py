@@ -1,5 +1,6 @@
 """Submitted runs: errors of use, sweeps, the table; on SLURM, where `sinfo` answers, ranks and requeueing."""
 
+import itertools
 import json
 import os
 import signal
@@ -396,12 +397,7 @@ HOW = {
     "sigterm": warned_by_sigterm,
     "timeout": lambda job: None,
 }
-QUICK = {("usr2", 2), ("killed", 2)}
-CASES = [
-    pytest.param(how, workers, marks=() if (how, workers) in QUICK else pytest.mark.slow)
-    for how in HOW
-    for workers in (0, 2)
-]
+CASES = list(itertools.product(HOW, (0, 2)))
 
 
 def begin(how, workers, out, slow_fork, big_folder):
@@ -436,6 +432,7 @@ def check(how, out, job, logged, whole):
     return resumed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how, workers", CASES)
 def test_a_disturbed_job_comes_back_and_ends_as_one_undisturbed(
     how, workers, slurm, tmp_path, big_folder, slow_fork, whole
