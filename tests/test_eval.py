@@ -296,7 +296,8 @@ def test_what_an_evaluation_leaves_and_says_when_started_again(mode, tmp_path, f
 
 def test_the_probe_learns_what_is_there_to_learn(tmp_path, folder):
     """The classes differ by a colour ramp, which random features keep."""
-    for mode in (["--cached", "--epochs", "20", "--batch-size", "16"], ["--lbfgs"], ["--knn", "--k", "5"]):
+    cached = "--cached --epochs 20 --batch-size 16 --lr 1 10 --wd 0".split()
+    for mode in (cached, ["--lbfgs"], ["--knn", "--k", "5"]):
         out = tmp_path / mode[0]
         assert evaluate("--data", folder, "--out", out, *mode) == 0
         assert next(iter(results(out)[0]["results"].values()))["top1"] > 90
