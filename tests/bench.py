@@ -9,6 +9,7 @@ formulas, (d) the training step against the network alone, (e) communication on 
 """
 
 import argparse
+import contextlib
 import ctypes
 import gc
 import json
@@ -68,28 +69,41 @@ def ratio(times: dict, name: str, other: str) -> float:
     return statistics.median(a / b for a, b in zip(times[name], times[other], strict=True))
 
 
-def peak_memory(run, device) -> float:
-    """MiB that `run` adds at its peak, from the allocator or the kernel's high-water mark; NaN without."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
+class PeakMemory:
+    """with PeakMemory(device) as peak: ... leaves what that added at its peak in peak.MiB, from the allocator
+    or the kernel's high-water mark; NaN without one."""
 
+    def __init__(self, device):
+        self.cuda, self.MiB = device.type == "cuda", math.nan
+
+    def __enter__(self):
+        gc.collect()
+        if self.cuda:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            self.before = torch.cuda.memory_allocated() / 2**20
+            return self
+        self.before = math.nan
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)  # memory that is free but kept
+            Path("/proc/self/clear_refs").write_text("5")  # resets the mark
+            self.before = self.status("VmRSS")
+        return self
+
+    def __exit__(self, *_):
+        peak = torch.cuda.max_memory_allocated() / 2**20 if self.cuda else self.status("VmHWM")
+        self.MiB = peak - self.before
+
+    @staticmethod
     def status(key):
         lines = Path("/proc/self/status").read_text().splitlines()
         return int(next(line for line in lines if line.startswith(key)).split()[1]) / 1024
 
-    try:
-        ctypes.CDLL(None).malloc_trim(0)  # memory that is free but kept
-        Path("/proc/self/clear_refs").write_text("5")  # resets the mark
-    except (OSError, AttributeError):
-        return math.nan
-    before = status("VmRSS")
-    run()
-    return status("VmHWM") - before
+
+def peak_memory(run, device) -> float:
+    with PeakMemory(device) as peak:
+        run()
+    return peak.MiB
 
 
 class Table:
@@ -324,6 +338,7 @@ def training_step(table, options, module, flags, views=False):
         [*flags, "--device", options.device.type, "--out", "unused", "--log-every", "1000"]
     )
     found = dict(step=[], network=[], views=[])
+    peak = PeakMemory(options.device)
 
     def begin(self, evaluate, width, **state):
         self.probe, self.model = common.Probe(width, 10, args, self.device), state["online"]
@@ -352,7 +367,11 @@ def training_step(table, options, module, flags, views=False):
         )
         for step in range(options.rounds + 2):
             begun = clock()
-            yield step, xs, y
+            if step == 1:
+                with peak:
+                    yield step, xs, y
+            else:
+                yield step, xs, y
             found["step"].append(clock() - begun)
             found["network"].append(seconds(network, self.device))
             if views:
@@ -370,19 +389,19 @@ def training_step(table, options, module, flags, views=False):
     rows = zip(found["step"], found["network"], extra, strict=True)
     outside = statistics.median((s + v - n) / (s + v) for s, n, v in rows)
     total = statistics.median(a + b for a, b in zip(found["step"], extra, strict=True))
-    what = f"{module.__name__}, {args.arch}, {args.size} pixels, batch {args.batch_size}, {args.precision}"
+    what = f"{module.__name__}, {args.arch}, {args.size} pixels, {args.precision}, batch {args.batch_size}"
+    what += f" in parts of {args.micro_batch}" * bool(args.micro_batch)
     note = f"{args.batch_size / total:.0f} images/s, {100 * outside:.1f} % outside the network"
-    if options.device.type == "cuda":
-        note += f", peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
-        torch.cuda.reset_peak_memory_stats()
-    table.add(what, total, "s", note)
+    table.add(what, total, "s", f"{note}, adds {peak.MiB:.0f} MiB")
 
 
 def steps(table, options):
-    small = ["--recipe", "cifar10", "--batch-size", "256", "--stem", "imagenet"]
+    small = ["--recipe", "cifar10", "--stem", "imagenet", "--batch-size"]
     table.title("(d) a training step, views ready to parameters updated")
     for module in (hsic, corinfomax, music, mmd_sphere):
-        training_step(table, options, module, small)
+        training_step(table, options, module, [*small, "256"])
+    for batch, micro in (("512", "0"), ("256", "64"), ("512", "64"), ("512", "128")):
+        training_step(table, options, hsic, [*small, batch, "--micro-batch", micro])
     if options.device.type == "cuda":
         table.title("(d) a training step of ResNet-50 at 224 pixels, augmentation included")
         for module in (hsic, corinfomax, music, mmd_sphere):

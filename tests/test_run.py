@@ -431,9 +431,9 @@ def test_a_run_that_collapses_says_so(tmp_path, folder, capsys, monkeypatch):
     assert read_log(tmp_path / "out")[-2]["rank_z"] < 4
 
 
-def gradients(micro, precision="fp64", out_of_memory_above=None, frozen=True):
+def gradients(micro, out_of_memory_above=None, frozen=True):
     """Gradients of one step of a small run with BN frozen, in micro-batches of `micro`."""
-    args = hsic.get_args([*TINY, "--recipe", "demo", "--precision", precision])
+    args = hsic.get_args([*TINY, "--recipe", "demo", "--precision", "fp64"])
     run = common.Run.__new__(common.Run)
     run.args, run.device, run.micro = args, torch.device("cpu"), micro
     torch.manual_seed(0)
@@ -450,9 +450,7 @@ def gradients(micro, precision="fp64", out_of_memory_above=None, frozen=True):
         return forward(xs)
 
     net.forward = limited
-    xs = [torch.randn(19, 3, 16, 16, dtype=torch.double) for _ in range(2)] + [
-        torch.randn(19, 3, 8, 8, dtype=torch.double)
-    ]
+    xs = [torch.randn(19, 3, size, size, dtype=torch.double) for size in (16, 16, 8)]
     loss, terms, h, zs = run.backward(net, xs, lambda zs: hsic.hsic_loss(zs, f=0))
     return [loss, h, zs, *(p.grad for p in net.parameters())], sizes, [b.clone() for b in net.buffers()]
 
@@ -473,8 +471,21 @@ def test_running_out_of_memory_halves_the_micro_batch_and_says_so(capfd):
     assert "going on with --micro-batch" in capfd.readouterr().err
 
 
+def test_a_compiled_network_has_the_same_gradient():
+    """resnet18 on a CPU: most of a minute, for the compiler."""
+    args, device, found = hsic.get_args([*TINY, "--recipe", "demo"]), torch.device("cpu"), []
+    x = torch.randn(4, 3, 16, 16).contiguous(memory_format=torch.channels_last)
+    for args.compile in (False, True):
+        torch.manual_seed(0)
+        net = common.prepare(common.resnet("resnet18")[0], args, device)
+        common.parallel(net, args, device)(x).square().sum().backward()
+        found.append([*(p.grad for p in net.parameters()), *net.buffers()])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert all((a - b).abs().max() <= 1e-3 * b.abs().max() for a, b in zip(*found, strict=True))
+
+
 def test_running_statistics_see_each_row_once():
-    _, _, (tracked, *_) = None, None, [b for b in gradients(5, frozen=False)[2] if b.dtype == torch.long]
+    tracked = next(b for b in gradients(5, frozen=False)[2] if b.dtype == torch.long)
     assert tracked.item() == 4 * 3  # four micro-batches of three views: the pass without graph left no trace
 
 
