@@ -44,8 +44,7 @@ def music_loss(z1, z2, segment_size, weights=(1, 1, 1), temperature=1) -> tuple[
     p1, p2 = (torch.softmax(z.view(n, S, segment_size) / temperature, 2) for z in (z1, z2))  # (n, S, s)
     same = p1 * p2
     stats = common.all_reduce(torch.cat([same.sum(0).flatten(), log(same.sum(2)).sum().view(1)]))
-    # (d,): a = b, i = j
-    P = stats[:-1] / N
+    P = stats[:-1] / N  # (d,): a = b, i = j
     diagonal = (P * log(P)).sum() / S
     invariance = -stats[-1] / (N * S)
     off_diagonal = (

@@ -389,6 +389,7 @@ def common_log(job):
 HOW = {
     "usr2": lambda job: common.ask("scancel", "--signal=USR2", job),
     "killed": kill_rank_1,
+    "all killed": lambda job: common.ask("scancel", "--signal=KILL", f"{job}.0"),
     "requeued": lambda job: common.ask("scontrol", "requeue", job),
     "preempted": lambda job: common.ask(
         "sbatch", "-p", "urgent", "-N", "2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 3"
