@@ -5,7 +5,8 @@
     python tests/bench.py --only a,c       some sections; --images FOLDER for own JPEGs, --json FILE
 
 Sections: (a) input pipeline, (b) augmentation, (c) losses against plain transcriptions of the official
-formulas, (d) the training step against the network alone, (e) communication on gloo, (f) LARS against SGD.
+formulas, (d) the training step against the network alone, (e) communication on gloo, (f) LARS against SGD,
+(g) what 8 and 64 H200 need at least, on paper.
 """
 
 import argparse
@@ -27,6 +28,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision.transforms as T
 from PIL import Image, ImageFilter, ImageOps
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.io import write_jpeg
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -475,7 +479,79 @@ def optimizers(table, options):
         table.add(name, statistics.median(times[name]), "s", note)
 
 
-SECTIONS = dict(a=input_pipeline, b=augmentation, c=losses, d=steps, e=communication, f=optimizers)
+# ---------------------------------------------------------------------------------------- (g): on paper
+
+H200 = dict(
+    memory=4.8e12, bf16=989e12, fp32=67e12, nvlink=450e9, network=50e9
+)  # bytes or operations a second
+VIEWS = {"view", "detach", "expand", "t", "transpose", "permute", "unsqueeze", "select", "slice", "alias",
+         "split", "unbind", "empty", "empty_like", "new_empty"}  # fmt: skip
+
+
+class Traffic(TorchDispatchMode):
+    """Bytes that operations read and write, each on its own."""
+
+    total = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if function._schema.name.partition("::")[2] not in VIEWS:
+            tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)]
+            self.total += sum(t.numel() * t.element_size() for t in tensors)
+        return out
+
+
+def network_costs(module, args):
+    """Bytes of traffic, operations and bytes kept for backward of an image (two views); parameters."""
+    with torch.device("meta"):
+        net, found = module.Online(args).to(torch.bfloat16), []
+        for n in (8, 16):
+            xs, kept = [torch.empty(n, 3, args.size, args.size, dtype=torch.bfloat16)] * 2, {}
+
+            def keep(t, kept=kept):
+                kept[t.untyped_storage()._cdata] = t.untyped_storage().nbytes()
+                return t
+
+            saved = torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t)
+            with Traffic() as traffic, saved, FlopCounterMode(display=False) as flops:
+                net(xs)[1].sum().backward()
+            found.append((traffic.total, flops.get_total_flops(), sum(kept.values())))
+    few, many = found
+    return [(b - a) / 8 for a, b in zip(few, many, strict=True)], sum(p.numel() for p in net.parameters())
+
+
+def on_paper(table, options):
+    """What cannot be undercut at data-sheet rates, the official ImageNet recipes, ResNet-50, bf16."""
+    table.title("(g) least times of a step on H200s, on paper: counted bytes and operations at peak rates")
+    for module in (hsic, corinfomax, music, mmd_sphere):
+        args = module.get_args(["--recipe", "imagenet"])
+        (traffic, flops, kept), P = network_costs(module, args)
+        N, d = args.batch_size, args.dim
+        passes = 4 / 3 if getattr(args, "target", False) else 1  # the target's forward
+        work, moved = {  # operations of the loss on all ranks, bytes through its collectives
+            "hsic": (12 * 4 * N * 512 * (d + 256), 4 * 512**2),
+            "corinfomax": (12 * N * d**2, 8 * 2 * d**2),
+            "music": (6 * N * d**2, 4 * min(4 * N * d, 2 * d**2)),
+            "mmd_sphere": (8 * N**2 * d, 4 * 2 * N * d / 2),  # a gather: half of what a sum moves
+        }[module.__name__]
+        for W, wire in ((8, H200["nvlink"]), (64, H200["network"])):
+            ring = 2 * (W - 1) / W / wire
+            times = dict(
+                network=passes * N / W * (traffic / H200["memory"] + flops / H200["bf16"]),
+                optimiser=20 * P / H200["memory"],  # weights, gradients, momentum
+                loss=work / W / H200["fp32"],
+                collectives=moved * ring,
+                gradients=4 * P * ring,  # beside backward
+            )
+            note = ", ".join(f"{name} {1e3 * t:.2g}" for name, t in times.items())
+            GB = (N / W * kept + 12 * P) / 1e9
+            table.add(f"{module.__name__}, N = {N}, d = {d}, W = {W}: network", 1e3 * times["network"], "ms",
+                      f"{note.partition(', ')[2]} ms; {GB:.0f} GB")  # fmt: skip
+
+
+SECTIONS = dict(
+    a=input_pipeline, b=augmentation, c=losses, d=steps, e=communication, f=optimizers, g=on_paper
+)
 
 
 def main():
