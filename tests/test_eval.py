@@ -86,6 +86,11 @@ def test_heads_that_diverge_are_never_chosen_and_losses_are_cross_entropies():
     assert accuracy[0] == 0 and accuracy[1] == right > 0.3
 
 
+def test_of_equally_good_heads_the_middle_one_is_chosen():
+    assert ev.middle_best(torch.tensor([0.1, 0.3, 0.2])) == 1
+    assert ev.middle_best(torch.tensor([0.1, 0.3, 0.3, 0.0, 0.3])) == 2
+
+
 def fit(n=61, penalty=1e-3):
     """L-BFGS on uneven shards: every third image more or less on a rank."""
     h, y = problem(n, dtype=torch.float64)
@@ -296,7 +301,7 @@ def test_what_an_evaluation_leaves_and_says_when_started_again(mode, tmp_path, f
 
 def test_the_probe_learns_what_is_there_to_learn(tmp_path, folder):
     """The classes differ by a colour ramp, which random features keep."""
-    cached = "--cached --epochs 20 --batch-size 16 --lr 1 10 --wd 0".split()
+    cached = "--cached --epochs 20 --batch-size 16".split()
     for mode in (cached, ["--lbfgs"], ["--knn", "--k", "5"]):
         out = tmp_path / mode[0]
         assert evaluate("--data", folder, "--out", out, *mode) == 0
