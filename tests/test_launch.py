@@ -16,6 +16,7 @@ from test_run import same, state_of, train
 
 import common
 import hsic
+import music
 
 RUN = [*TINY, "--recipe", "demo", "--epochs", "1"]
 
@@ -118,6 +119,17 @@ def test_errors_of_launching_are_one_sentence_exit_2_and_leave_nothing(case, tmp
         end.value.code == 2 and len(said) == 1 and said[0].startswith("hsic.py: error: ") and part in said[0]
     )
     assert tree(tmp_path) == before
+
+
+def test_a_sweep_is_the_product_of_its_values_switches_and_lists_too(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["music.py"])
+    sweep = ["compile=true,false", "weights=1 0 1,1 1 1"]
+    out, points = common.sweep_points(sweep, ["--out", "there"], music.get_args)
+    assert (
+        out == Path("there")
+        and points["compile=false,weights=1_0_1"] == "--no-compile --weights 1 0 1".split()
+    )
+    assert len(points) == 4 and points["compile=true,weights=1_1_1"] == "--compile --weights 1 1 1".split()
 
 
 def test_help_shows_the_flags_of_script_and_launch(monkeypatch, capsys):
