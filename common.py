@@ -814,9 +814,9 @@ def parallel(net: nn.Module, args: argparse.Namespace, device: torch.device) -> 
     if world() == 1:
         return net
     ids = [device.index] if device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(
-        net, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
-    )
+    ddp = nn.parallel.DistributedDataParallel(net, device_ids=ids, gradient_as_bucket_view=True)
+    ddp.broadcast_buffers = False  # they are the same; torch 2.15 warns of the argument of that name
+    return ddp
 
 
 @torch.no_grad()
