@@ -62,7 +62,18 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             near = difflib.get_close_matches(unknown[0], self._option_string_actions, 1)
             fail(f"unrecognized arguments: {' '.join(unknown)}" + f" (the nearest is {near[0]})" * bool(near))
+        if empty := [name for name, value in vars(known).items() if value == ""]:  # an unset shell variable
+            fail(f"--{empty[0].replace('_', '-')} is empty")
         return known
+
+
+@contextlib.contextmanager
+def readable(flag: str):
+    """Within, or as a decorator: what cannot be read is an error of use of `flag`."""
+    try:
+        yield
+    except (OSError, UnicodeDecodeError) as error:
+        fail(f"{flag} cannot be read: {error}")
 
 
 def number(kind: type, low: float, high: float = 1e9):
@@ -411,18 +422,22 @@ class Files(NamedTuple):
         return os.fsdecode(self.paths[start : int(self.ends[i])].numpy().tobytes())
 
     def read(self, i: int) -> Tensor | None:
-        """(3, H, W) uint8, RGB; None where the file is no whole image."""
+        """(3, H, W) uint8, RGB; None where the file is no whole image, or has above 179 million pixels."""
         try:
-            data = torch.frombuffer(bytearray(Path(self.path(i)).read_bytes()), dtype=torch.uint8)
-            image = torchvision.io.decode_image(data, torchvision.io.ImageReadMode.RGB)
-        except Exception:  # a kind that only Pillow reads, or damage, which has many names
-            try:
-                with Image.open(self.path(i)) as picture:
-                    image = torchvision.transforms.functional.pil_to_tensor(picture.convert("RGB"))
-            except Exception:
+            if not os.path.isfile(self.path(i)):  # a pipe would never end
                 return None
-        image = image[0] if image.ndim == 4 else image  # an animation: its first frame
-        return (image.int() >> 8).byte() if image.dtype == torch.uint16 else image
+            data = bytearray(Path(self.path(i)).read_bytes())
+            picture = Image.open(io.BytesIO(data))  # the header: a decompression bomb is refused
+            if data.startswith(b"\xff\xd8"):  # a JPEG; torchvision's PNG decoder dies of a damaged file
+                with contextlib.suppress(RuntimeError):  # a kind that only Pillow reads
+                    bits = torch.frombuffer(data, dtype=torch.uint8)
+                    return torchvision.io.decode_jpeg(bits, torchvision.io.ImageReadMode.RGB)
+            wide = picture.mode.startswith("I;16")  # convert would clip it
+            picture = picture if wide else picture.convert("RGB")
+            image = torchvision.transforms.functional.pil_to_tensor(picture)
+            return (image.int() >> 8).byte().expand(3, -1, -1) if wide else image
+        except Exception:  # damage has many names
+            return None
 
 
 class Data(NamedTuple):
@@ -470,7 +485,7 @@ def files_of(paths: list[bytes], labels: list[int]) -> Files:
 
 def list_folder(root: Path, cache: Path) -> Data:
     """`--data` as a folder. A run keeps its listing, `cache`: the order of images is part of a run."""
-    if not root.is_dir():
+    if not os.path.isdir(root):  # False for names that cannot be
         fail(f"--data {root}: no such folder, nor a data set by that name ({', '.join(NAMED_DATA)})")
     if cache.is_file():
         saved = torch.load(cache, weights_only=True)
@@ -588,6 +603,7 @@ def draw_glyphs(n: int, split: int) -> Pixels:
     return Pixels(((images + 0.1 * (noise - 0.5)).clamp(0, 1) * 255).round().byte(), labels)
 
 
+@readable("--data")
 def open_data(args: argparse.Namespace, out: Path) -> Data:
     """`--data` as it is: built in, by name, or a folder."""
     name, _, root = (args.data or "").partition(":")
@@ -1079,7 +1095,7 @@ class Run:
 
     def _check_directory(self) -> None:
         """Refuses a directory that holds something else or another run, or that cannot be written."""
-        parent = next(path for path in (self.out, *self.out.absolute().parents) if path.exists())
+        parent = next(path for path in (self.out, *self.out.absolute().parents) if os.path.exists(path))
         if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
             fail(f"--out {self.out}: {parent} is not a folder that can be written")
         try:
@@ -1698,9 +1714,8 @@ def state_of(out: Path) -> tuple[str, str]:
 
 def table(runs: list[str], by: str) -> None:
     """Prints a line for each run below `runs`: what differs, state, step, loss, kNN and linear accuracy."""
-    found = (
-        path.parent for top in runs for kind in ("args", "job") for path in Path(top).rglob(f"{kind}.json")
-    )
+    tops = [Path(top) for top in runs if os.path.isdir(top)]
+    found = (path.parent for top in tops for kind in ("args", "job") for path in top.rglob(f"{kind}.json"))
     args, rows = {}, []
     for out in sorted({*found}):
         swept = (item.split("=") for item in out.name.split(",") if item.count("=") == 1)
