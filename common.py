@@ -62,7 +62,18 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             near = difflib.get_close_matches(unknown[0], self._option_string_actions, 1)
             fail(f"unrecognized arguments: {' '.join(unknown)}" + f" (the nearest is {near[0]})" * bool(near))
+        if empty := [name for name, value in vars(known).items() if value == ""]:  # an unset shell variable
+            fail(f"--{empty[0].replace('_', '-')} is empty")
         return known
+
+
+@contextlib.contextmanager
+def readable(flag: str):
+    """Within, or as a decorator: what cannot be read is an error of use of `flag`."""
+    try:
+        yield
+    except (OSError, UnicodeDecodeError) as error:
+        fail(f"{flag} cannot be read: {error}")
 
 
 def number(kind: type, low: float, high: float = 1e9):
@@ -389,6 +400,7 @@ NAMED_DATA = {  # training splits, together, and the test split; the first three
 SUFFIXES = (b".jpg", b".jpeg", b".png", b".webp", b".bmp", b".gif", b".ppm", b".tif", b".tiff")
 MEMORY_SIDE, MEMORY_BYTES = 128, 4 << 30  # images of at most this side are kept decoded, if all of them fit
 MAX_UNREADABLE = 0.01
+STALL = 300  # seconds without a batch from workers, which then hang
 
 
 class Pixels(NamedTuple):
@@ -411,18 +423,22 @@ class Files(NamedTuple):
         return os.fsdecode(self.paths[start : int(self.ends[i])].numpy().tobytes())
 
     def read(self, i: int) -> Tensor | None:
-        """(3, H, W) uint8, RGB; None where the file is no whole image."""
+        """(3, H, W) uint8, RGB; None where the file is no whole image, or has above 179 million pixels."""
         try:
-            data = torch.frombuffer(bytearray(Path(self.path(i)).read_bytes()), dtype=torch.uint8)
-            image = torchvision.io.decode_image(data, torchvision.io.ImageReadMode.RGB)
-        except Exception:  # a kind that only Pillow reads, or damage, which has many names
-            try:
-                with Image.open(self.path(i)) as picture:
-                    image = torchvision.transforms.functional.pil_to_tensor(picture.convert("RGB"))
-            except Exception:
+            if not os.path.isfile(self.path(i)):  # a pipe would never end
                 return None
-        image = image[0] if image.ndim == 4 else image  # an animation: its first frame
-        return (image.int() >> 8).byte() if image.dtype == torch.uint16 else image
+            data = bytearray(Path(self.path(i)).read_bytes())
+            picture = Image.open(io.BytesIO(data))  # the header: a decompression bomb is refused
+            if data.startswith(b"\xff\xd8"):  # a JPEG; torchvision's PNG decoder dies of a damaged file
+                with contextlib.suppress(RuntimeError):  # a kind that only Pillow reads
+                    bits = torch.frombuffer(data, dtype=torch.uint8)
+                    return torchvision.io.decode_jpeg(bits, torchvision.io.ImageReadMode.RGB)
+            wide = picture.mode.startswith("I;16")  # convert would clip it
+            picture = picture if wide else picture.convert("RGB")
+            image = torchvision.transforms.functional.pil_to_tensor(picture)
+            return (image.int() >> 8).byte().expand(3, -1, -1) if wide else image
+        except Exception:  # damage has many names
+            return None
 
 
 class Data(NamedTuple):
@@ -470,10 +486,13 @@ def files_of(paths: list[bytes], labels: list[int]) -> Files:
 
 def list_folder(root: Path, cache: Path) -> Data:
     """`--data` as a folder. A run keeps its listing, `cache`: the order of images is part of a run."""
-    if not root.is_dir():
+    if not os.path.isdir(root):  # False for names that cannot be
         fail(f"--data {root}: no such folder, nor a data set by that name ({', '.join(NAMED_DATA)})")
     if cache.is_file():
-        saved = torch.load(cache, weights_only=True)
+        try:
+            saved = torch.load(cache, weights_only=True)
+        except Exception as error:  # damage has many names
+            fail(f"{cache} is damaged ({error}): delete it, and --data is listed again")
         train, test = (Files(*saved[name], set()) if saved[name] else None for name in ("train", "test"))
         return Data(train, test, saved["classes"])
     train = root / "train" if (root / "train").is_dir() else root
@@ -588,6 +607,7 @@ def draw_glyphs(n: int, split: int) -> Pixels:
     return Pixels(((images + 0.1 * (noise - 0.5)).clamp(0, 1) * 255).round().byte(), labels)
 
 
+@readable("--data")
 def open_data(args: argparse.Namespace, out: Path) -> Data:
     """`--data` as it is: built in, by name, or a folder."""
     name, _, root = (args.data or "").partition(":")
@@ -632,8 +652,14 @@ class Crops(torch.utils.data.Dataset):
     replaced by the next one, and reported. boxes(epoch, index, height, width) is a list of one (n, 4) a view,
     sizes the views' sides."""
 
-    def __init__(self, files: Files, sizes: list[int], boxes):
+    def __init__(self, files: Files, sizes: list[int], boxes, workers: int = 0):
         self.files, self.sizes, self.boxes = files, sizes, boxes
+        self.reading = torch.full((max(1, workers),), -1).share_memory_()  # what each worker is at
+
+    def read(self, i: int) -> Tensor | None:
+        worker = torch.utils.data.get_worker_info()
+        self.reading[worker.id if worker else 0] = i
+        return self.files.read(i)
 
     def __getitems__(self, batch: tuple[int, Tensor]):
         epoch, index = batch
@@ -642,7 +668,7 @@ class Crops(torch.utils.data.Dataset):
         for start in range(0, len(index), 16):  # few decoded images at a time
             images = []
             for row, i in enumerate(index[start : start + 16].tolist(), start):
-                while (image := self.files.read(i)) is None:
+                while (image := self.read(i)) is None:
                     bad.append(i)
                     if len(bad) > len(index):  # hopeless: the run will stop
                         return epoch, index, crops, labels, bad
@@ -683,14 +709,24 @@ def crop_batches(
             cuts = [lambda rows, i=images, b=b, size=size: crop(i[rows], b[rows], size) for b, size in found]
             yield epoch, index, cuts, split.labels[index]
         return
+    files = Crops(split, sizes, boxes, args.workers)
     loader = torch.utils.data.DataLoader(
-        Crops(split, sizes, boxes), batch_sampler=batches, collate_fn=_same, num_workers=args.workers,
-        worker_init_fn=_start_worker, pin_memory=device.type == "cuda",
+        files, batch_sampler=batches, collate_fn=_same, num_workers=args.workers,
+        worker_init_fn=_start_worker, pin_memory=device.type == "cuda", timeout=STALL if args.workers else 0,
     )  # fmt: skip
-    for epoch, index, crops, labels, bad in loader:
-        report_unreadable(split, bad)
-        crops = [crop.to(device, non_blocking=True) for crop in crops]
-        yield epoch, index, [lambda rows, c=c: c[rows].float() / 255 for c in crops], labels
+    try:
+        for epoch, index, crops, labels, bad in loader:
+            report_unreadable(split, bad)
+            crops = [crop.to(device, non_blocking=True) for crop in crops]
+            yield epoch, index, [lambda rows, c=c: c[rows].float() / 255 for c in crops], labels
+    except RuntimeError as error:  # of a worker that hangs, or was killed
+        if "DataLoader" not in str(error):
+            raise
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where the loader would protest
+        for worker in torch.multiprocessing.active_children():
+            worker.kill()
+        paths = ", ".join(repr(split.path(i)) for i in files.reading.tolist() if i >= 0)
+        fail(f"{error}; last read, one of each worker: {paths}")
 
 
 class _RandomBoxes(NamedTuple):
@@ -909,7 +945,12 @@ def start_ranks(args: argparse.Namespace) -> torch.device:
         device = torch.device("cuda", local if device.index is None else device.index)
         torch.cuda.set_device(device)
     if world() > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        store, mine, count = next(dist.rendezvous("env://"))
+        life = os.environ.get(
+            "TORCHELASTIC_RESTART_COUNT", "0"
+        )  # torchrun's store keeps the addresses of all
+        store, backend = dist.PrefixStore(life, store), "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=mine, world_size=count)
     return device
 
 
@@ -1079,7 +1120,9 @@ class Run:
 
     def _check_directory(self) -> None:
         """Refuses a directory that holds something else or another run, or that cannot be written."""
-        parent = next(path for path in (self.out, *self.out.absolute().parents) if path.exists())
+        if not str(self.out).isprintable():  # TensorBoard has its limits
+            fail(f"--out {str(self.out)!r}: give a name that can be printed")
+        parent = next(path for path in (self.out, *self.out.absolute().parents) if os.path.exists(path))
         if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
             fail(f"--out {self.out}: {parent} is not a folder that can be written")
         try:
@@ -1161,6 +1204,7 @@ class Run:
         if rank() > 0:
             return
         state = {name: value.state_dict() for name, value in self.state.items()}
+        self._check_state(state)
         state.update(step=self.step, world=world(), knn=self.knn)
         try:
             self._write("checkpoint-new.pt", lambda file: torch.save(state, file))
@@ -1368,6 +1412,11 @@ class Run:
             shown = ", ".join(f"{name} {value:g}" for name, value in zip(names, values.tolist(), strict=True))
             fail(f"step {step}: the loss is not finite ({shown}); the last checkpoint in {self.out} is kept")
 
+    def _check_state(self, state: dict) -> None:
+        """A step can spoil weights after a loss that was finite."""
+        if bad := [name for name, t in flatten(state) if t.is_floating_point() and not t.isfinite().all()]:
+            fail(f"step {self.step}: {bad[0]} is not finite; the last checkpoint in {self.out} is kept")
+
     def record(self, step: int, **values: float) -> None:
         """One line of log.jsonl, and its numbers on TensorBoard."""
         if rank() > 0:
@@ -1410,6 +1459,15 @@ class Run:
         print(f"      python {self.script.name} --data /path/to/images")
 
 
+def flatten(tree: dict, prefix: str = ""):
+    """(name, tensor) of nested dicts."""
+    for key, value in tree.items():
+        if isinstance(value, Tensor):
+            yield f"{prefix}{key}", value
+        elif isinstance(value, dict):
+            yield from flatten(value, f"{prefix}{key}.")
+
+
 @torch.no_grad()
 def _restore(model: nn.Module, buffers: list[Tensor]) -> None:
     for buffer, old in zip(model.buffers(), buffers, strict=True):
@@ -1444,6 +1502,7 @@ def launch(main: Callable, get_args: Callable) -> None:
     add("--slurm", nargs="+", metavar="KEY=VALUE", help="more for sbatch: account, qos, exclude, ...")
     # fmt: on
     asked, argv = parser.parse_known_args()
+    script = Path(sys.argv[0]).name
     given = [name for name, value in vars(asked).items() if value is not None]
     if {"-h", "--help"} & {*argv}:
         with contextlib.suppress(SystemExit):
@@ -1454,7 +1513,14 @@ def launch(main: Callable, get_args: Callable) -> None:
     elif given:
         fail(f"--{given[0]} needs --submit slurm or --submit local")
     else:
-        main(get_args(argv))
+        try:
+            main(get_args(argv))
+        except RuntimeError as error:
+            if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+                raise
+            reason = re.sub(r"^\[\S+\] ", "", str(error)).partition("\n")[0].partition(". ")[0]
+            print(f"{script}: error: rank {rank()}: another one does not answer ({reason})", file=sys.stderr)
+            raise SystemExit(1) from None
 
 
 class Job:
@@ -1698,9 +1764,8 @@ def state_of(out: Path) -> tuple[str, str]:
 
 def table(runs: list[str], by: str) -> None:
     """Prints a line for each run below `runs`: what differs, state, step, loss, kNN and linear accuracy."""
-    found = (
-        path.parent for top in runs for kind in ("args", "job") for path in Path(top).rglob(f"{kind}.json")
-    )
+    tops = [Path(top) for top in runs if os.path.isdir(top)]
+    found = (path.parent for top in tops for kind in ("args", "job") for path in top.rglob(f"{kind}.json"))
     args, rows = {}, []
     for out in sorted({*found}):
         swept = (item.split("=") for item in out.name.split(",") if item.count("=") == 1)

@@ -83,8 +83,8 @@ class CorInfoMax(nn.Module):
     def logdet(self, R: Tensor) -> Tensor:
         """logdet(R + eps I), by Cholesky: R is positive definite by construction."""
         factor, failed = torch.linalg.cholesky_ex(self.regular(R))
-        if failed:
-            least = torch.linalg.eigvalsh(R.detach())[0].item() if R.isfinite().all() else float("nan")
+        if failed and R.isfinite().all():  # otherwise the run names the step
+            least = torch.linalg.eigvalsh(R.detach())[0].item()
             common.fail(
                 f"the covariance is not positive definite, its least eigenvalue is {least:g}: raise --eps"
             )

@@ -170,21 +170,14 @@ WRAPPERS = {"state_dict", "model", "module", "backbone", "encoder", "encoder_q",
 PROBE = "layer1.0.conv1.weight"
 
 
-def flatten(tree: dict, prefix: str = ""):
-    """(name, tensor) of nested dicts."""
-    for key, value in tree.items():
-        if isinstance(value, Tensor):
-            yield f"{prefix}{key}", value
-        elif isinstance(value, dict):
-            yield from flatten(value, f"{prefix}{key}.")
-
-
 def read_weights(path: str) -> dict[str, Tensor]:
     """A ResNet's weights under torchvision's names, without fc, from any common checkpoint around it."""
+    if not os.path.isfile(path):  # a pipe or a device would never end
+        fail(f"--backbone {path}: no such file")
     try:
         if zipfile.is_zipfile(path) and (bad := zipfile.ZipFile(path).testzip()):
             raise ValueError(f"wrong checksum of {bad}")
-        flat = dict(flatten(torch.load(path, map_location="cpu", weights_only=True)))
+        flat = dict(common.flatten(torch.load(path, map_location="cpu", weights_only=True)))
     except OSError as error:
         fail(f"--backbone {path} cannot be read: {error.strerror or error}")
     except Exception as error:  # damage, and pickles that would run code, have many names
@@ -272,15 +265,17 @@ def fingerprint(split: Pixels | Files) -> str:
     """Of the pixels, or of the paths, sizes and times of the files; and of the labels."""
     if isinstance(split, Pixels):
         return digest(split.images, split.labels)
-    stats = (os.stat(split.path(i)) for i in range(len(split.labels)))
+    paths = map(split.path, range(len(split.labels)))
+    stats = (os.stat(path, follow_symlinks=os.path.exists(path)) for path in paths)  # a link may lead nowhere
     changes = torch.tensor([(status.st_size, status.st_mtime_ns) for status in stats])
     return digest(split.paths, split.ends, split.labels, changes)
 
 
+@common.readable("--data")
 def open_labelled(args: argparse.Namespace) -> Data:
     """--data, whose training and test images have the same classes, two or more; the images with a label."""
     root = Path(args.data or "")
-    if args.data and root.is_dir() and args.data.partition(":")[0] not in common.NAMED_DATA:
+    if args.data and os.path.isdir(root) and args.data.partition(":")[0] not in common.NAMED_DATA:
         folders = [root / "train", *(root / name for name in ("val", "test") if (root / name).is_dir())]
         if len(folders) < 2:
             fail(f"--data {root} has no val/ or test/: there is nothing to evaluate on")
@@ -298,6 +293,7 @@ def open_labelled(args: argparse.Namespace) -> Data:
     return Data(train, test, data.classes or [str(c) for c in range(max(known) + 1)])
 
 
+@common.readable("--labels")
 def choose_labels(train: Pixels | Files, labels: str, seed: int) -> Pixels | Files:
     """--labels: that many per cent of each class, or the files of a list (names, or class/name)."""
     try:
@@ -306,7 +302,7 @@ def choose_labels(train: Pixels | Files, labels: str, seed: int) -> Pixels | Fil
         percent = 0.0
     if 0 < percent <= 100:
         return part(train, stratified(train.labels, percent / 100, seed, LABELLED).nonzero()[:, 0])
-    if not Path(labels).is_file():
+    if not os.path.isfile(labels):
         fail(f"--labels {labels}: neither a percentage above 0, at most 100, nor a file with a list")
     if isinstance(train, Pixels):
         fail(f"--labels {labels}: a list names files, and these images are not in files")
@@ -396,12 +392,12 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.mode == "finetune" and len(args.lr) * len(args.wd) > 1:
         fail("--finetune takes one --lr and one --wd: it trains one network")
     args.precision = args.precision or common.default_precision(args.device)
-    source = Path(args.backbone)
-    home = source.parent if source.exists() else Path("runs", f"{args.backbone}-{args.arch or 'resnet50'}")
+    source = Path(args.backbone) if os.path.exists(args.backbone) else None
+    home = source.parent if source else Path("runs", f"{args.backbone}-{args.arch or 'resnet50'}")
     name = (args.data or "drawings").partition(":")[0]
     labels = f"-labels-{Path(args.labels).name}" if args.labels else ""
     args.out = args.out or str(home / f"eval-{args.mode}-{Path(name).name}{labels}")
-    args.features = args.features or str((home if source.exists() else Path(args.out)) / "features")
+    args.features = args.features or str((home if source else Path(args.out)) / "features")
     return argparse.Namespace(**vars(args), views="crop and flip", local_crops=0, knn_every=1, compile=False)
 # fmt: on
 
@@ -507,6 +503,9 @@ class Evaluation(common.Run):
 
     def _summary(self) -> None:
         pass
+
+    def _check_state(self, state: dict) -> None:
+        pass  # heads at rates that are too high diverge: they lose
 
     def watch(self, loss: Tensor, factor: float) -> None:
         """A record every --log-every steps."""
