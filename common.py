@@ -29,7 +29,7 @@ import time
 import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -729,20 +729,15 @@ def crop_batches(
         fail(f"{error}; last read, one of each worker: {paths}")
 
 
-class _RandomBoxes(NamedTuple):
-    seed: int
-    views: list[View]
-
-    def __call__(self, epoch: int, index: Tensor, height: Tensor, width: Tensor) -> list[Tensor]:
-        u = (draw(self.seed, epoch, index, v) for v in range(len(self.views)))
-        return [crop_boxes(uv, height, width, view.scale) for uv, view in zip(u, self.views, strict=True)]
+def random_boxes(
+    seed: int, views: list[View], epoch: int, index: Tensor, height: Tensor, width: Tensor
+) -> list[Tensor]:
+    u = (draw(seed, epoch, index, v) for v in range(len(views)))
+    return [crop_boxes(uv, height, width, view.scale) for uv, view in zip(u, views, strict=True)]
 
 
-class _CentreBox(NamedTuple):
-    size: int
-
-    def __call__(self, epoch: int, index: Tensor, height: Tensor, width: Tensor) -> list[Tensor]:
-        return [centre_boxes(height, width, self.size)]
+def centre_box(size: int, epoch: int, index: Tensor, height: Tensor, width: Tensor) -> list[Tensor]:
+    return [centre_boxes(height, width, size)]
 
 
 def view_batches(
@@ -750,7 +745,7 @@ def view_batches(
 ):
     """Yields ([x1, x2, local crops...], y) of steps start .. stop - 1: (n, 3, S, S) and (n,)."""
     views = views_for(args)
-    sizes, boxes = [view.size for view in views], _RandomBoxes(args.seed, views)
+    sizes, boxes = [view.size for view in views], partial(random_boxes, args.seed, views)
     batches = Batches(len(split.labels), args.batch_size, args.seed, start, stop)
     for epoch, index, cuts, y in crop_batches(split, batches, sizes, boxes, args, device):
         us = (draw(args.seed, epoch, index, v) for v in range(len(views)))
@@ -761,7 +756,8 @@ def view_batches(
 def centre_batches(split: Pixels | Files, index: Tensor, args: argparse.Namespace, device: torch.device):
     """Yields (x (n, 3, size, size), y (n,)): centre crops of images `index`, in order, 256 at a time."""
     batches = [(0, chunk) for chunk in index.split(256)]
-    for _, _, (cut,), y in crop_batches(split, batches, [args.size], _CentreBox(args.size), args, device):
+    boxes = partial(centre_box, args.size)
+    for _, _, (cut,), y in crop_batches(split, batches, [args.size], boxes, args, device):
         yield normalise(cut(slice(None))), y.to(device)
 
 
@@ -946,9 +942,7 @@ def start_ranks(args: argparse.Namespace) -> torch.device:
         torch.cuda.set_device(device)
     if world() > 1 and not dist.is_initialized():
         store, mine, count = next(dist.rendezvous("env://"))
-        life = os.environ.get(
-            "TORCHELASTIC_RESTART_COUNT", "0"
-        )  # torchrun's store keeps the addresses of all
+        life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # the store has the addresses of each
         store, backend = dist.PrefixStore(life, store), "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=mine, world_size=count)
     return device
