@@ -29,7 +29,7 @@ import time
 import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -40,6 +40,8 @@ import torchvision
 from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
+
+Args = argparse.Namespace
 
 # ---------------------------------------------------------------------------------------- arguments
 
@@ -57,7 +59,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         fail(message)
 
-    def parse_args(self, *args) -> argparse.Namespace:
+    def parse_args(self, *args) -> Args:
         known, unknown = self.parse_known_args(*args)
         if unknown:
             near = difflib.get_close_matches(unknown[0], self._option_string_actions, 1)
@@ -72,7 +74,7 @@ def readable(flag: str):
     """Within, or as a decorator: what cannot be read is an error of use of `flag`."""
     try:
         yield
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # of text and JSON
         fail(f"{flag} cannot be read: {error}")
 
 
@@ -80,20 +82,19 @@ def number(kind: type, low: float, high: float = 1e9):
     """An argparse type: a `kind` (int or float) in [low, high]."""
 
     def parse(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"'{text}' is no {kind.__name__}") from None
+        value = kind(text)  # argparse says what a ValueError is of
         if not low <= value <= high:  # a NaN fails both
             raise argparse.ArgumentTypeError(f"{text} is not between {low:g} and {high:g}")
         return value
 
+    parse.__name__ = kind.__name__
     return parse
 
 
 def parser_for(doc: str, lr: str = "for 256 images, times batch-size / 256") -> Parser:
     """The flags every method has; those without a default here take it from the recipe. lr: what --lr is."""
     parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    cpus = int(os.environ.get("SLURM_CPUS_PER_TASK") or os.cpu_count())
     # fmt: off
     add = parser.add_argument_group("data and run").add_argument
     add("--data", help="folder with train/ and val/ (or test/) of class folders; any folder of images; "
@@ -104,7 +105,7 @@ def parser_for(doc: str, lr: str = "for 256 images, times batch-size / 256") -> 
     add("--epochs", type=number(int, 1), help="passes over the data")
     add("--batch-size", type=number(int, 2), help="N, images a step over all ranks")
     add("--seed", type=number(int, 0, 2**62), default=0, help="of initialisation, order and views")
-    add("--workers", type=number(int, 0, 1024), default=min(16, cpus()), help="a rank, to decode")
+    add("--workers", type=number(int, 0, 1024), default=min(16, cpus), help="a rank, to decode")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:N or cpu")
     add("--precision", choices=["bf16", "fp32", "fp64"], help="of the networks; losses are in fp32 or "
         "better (default: bf16 where the hardware has it)")
@@ -129,12 +130,9 @@ def parser_for(doc: str, lr: str = "for 256 images, times batch-size / 256") -> 
     return parser
 
 
-def parse(parser: Parser, recipes: dict, argv: list[str] | None) -> argparse.Namespace:
+def parse(parser: Parser, recipes: dict, argv: list[str] | None) -> Args:
     """The flags, over the recipe's values, over the parser's defaults."""
-    first = Parser(add_help=False, allow_abbrev=False)
-    first.add_argument("--recipe")
-    first.add_argument("--data")
-    given, _ = first.parse_known_args(argv)
+    given, _ = parser.parse_known_args(argv)
     by_name = (given.data or "").partition(":")[0]
     name = given.recipe or ("demo" if not given.data else by_name if by_name in NAMED_DATA else "imagenet")
     if name not in recipes:
@@ -144,11 +142,6 @@ def parse(parser: Parser, recipes: dict, argv: list[str] | None) -> argparse.Nam
     args.precision = args.precision or default_precision(args.device)
     args.out = args.out or f"runs/{Path(sys.argv[0]).stem}-{name}"
     return args
-
-
-def cpus() -> int:
-    """Of this rank in a SLURM job, or of this machine."""
-    return int(os.environ.get("SLURM_CPUS_PER_TASK") or os.cpu_count())
 
 
 def default_precision(device: str) -> str:
@@ -164,35 +157,30 @@ GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # splitmix64's constants, as signed 64-
 MIX = (30, 0xBF58476D1CE4E5B9 - (1 << 64)), (27, 0x94D049BB133111EB - (1 << 64)), (31, 1)
 
 
-def _wrap(x):
-    """To 64 signed bits: what int64 tensors do by themselves."""
-    return x if isinstance(x, Tensor) else (x + (1 << 63)) % (1 << 64) - (1 << 63)
-
-
-def hash64(*parts):
+def hash64(*parts) -> Tensor:
     """63 random bits for ints, or int64 tensors that broadcast: splitmix64's finaliser over the parts."""
-    x = 0
-    for part in parts:
-        x = _wrap(x + _wrap((part + 1) * GOLDEN))
+    x = torch.tensor(0)
+    for part in map(torch.as_tensor, parts):
+        x = x + (part + 1) * GOLDEN
         for shift, factor in MIX:
-            x = _wrap((x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor)
+            x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor
     return x & ((1 << 63) - 1)
 
 
-def uniform(seed, epoch, index, k):
-    """The k-th uniform in [0, 1) of image `index` in `epoch`; ints give a float, int64 tensors float64."""
-    bits = hash64(seed, epoch, index, k) >> 10
-    return (bits.double() if isinstance(bits, Tensor) else bits) * 2.0**-53
+def uniform(seed, epoch, index, k) -> Tensor:
+    """The k-th uniform in [0, 1) of image `index` in `epoch`, of ints or int64 tensors."""
+    return (hash64(seed, epoch, index, k) >> 10).double() * 2.0**-53
 
 
 # -------------------------------------------------------------------------------------------- views
 
 
 class View(NamedTuple):
-    """A view's area of the crop, jitter of brightness, contrast, saturation, hue, and probabilities."""
+    """A view's area of the crop (None: the centre, and nothing else is done to it), jitter of brightness,
+    contrast, saturation, hue, and probabilities."""
 
-    scale: tuple[float, float]
-    jitter: tuple[float, float, float, float]
+    scale: tuple[float, float] | None = None
+    jitter: tuple[float, float, float, float] = (0, 0, 0, 0)
     jitter_p: float = 0.8
     blur: float = 0.0
     solarise: float = 0.0
@@ -223,7 +211,7 @@ BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 ORDERS = torch.tensor(list(itertools.permutations(range(4))))
 
 
-def views_for(args: argparse.Namespace) -> list[View]:
+def views_for(args: Args) -> list[View]:
     """The two global views, then the local ones: blurred half of the time (if any is), not solarised."""
     views = [view._replace(size=args.size) for view in VIEWS[args.views]]
     if not args.local_crops:
@@ -370,16 +358,18 @@ def normalise(x: Tensor) -> Tensor:
     return ((x - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
-def make_view(cut, u: Tensor, view: View, device: torch.device) -> Tensor:
-    """One view (n, 3, S, S), normalised: cut(rows) gives crops in [0, 1], u (n, 51) the uniforms.
+def make_view(images: Tensor, boxes: Tensor | None, u: Tensor, view: View) -> Tensor:
+    """One view (n, 3, S, S), normalised, of uint8 images and boxes (n, 4), or of crops; u (n, 51) uniforms.
 
     In chunks: on a CPU they stay in cache, on a GPU they bound the memory of what lies between.
     """
-    x = torch.empty(len(u), 3, view.size, view.size, device=device, memory_format=torch.channels_last)
+    x = torch.empty(len(u), 3, view.size, view.size, device=images.device, memory_format=torch.channels_last)
     p = photometric(u, view)
-    chunk = max(1, (2**18 if device.type == "cpu" else 2**26) // x[0].numel())
+    chunk = max(1, (2**18 if x.is_cpu else 2**26) // x[0].numel())
     for rows in (slice(i, i + chunk) for i in range(0, len(u), chunk)):
-        x[rows] = normalise(augment(cut(rows), {name: t[rows] for name, t in p.items()}))
+        part = images[rows].float() / 255 if boxes is None else crop(images[rows], boxes[rows], view.size)
+        part = augment(part, {name: t[rows] for name, t in p.items()}) if view.scale else part
+        x[rows] = normalise(part)
     return x
 
 
@@ -441,42 +431,43 @@ class Files(NamedTuple):
             return None
 
 
+Split = Pixels | Files
+
+
 class Data(NamedTuple):
     """What a run trains and is watched on; without labels, test is None and classes is empty."""
 
-    train: Pixels | Files
-    test: Pixels | Files | None
+    train: Split
+    test: Split | None
     classes: list[str]
 
 
-def _walk(root: Path) -> list[bytes]:
-    """Every image file at any depth, sorted; links are followed, each folder once, hidden files left out."""
-    found, stack, seen = [], [os.fsencode(root)], set()
-    while stack:
-        status = os.stat(folder := stack.pop())
+def list_split(folder: Path, classes: list[str]) -> Files:
+    """Every image file of a split, at any depth; with classes, labelled by the folders right below `folder`.
+
+    Links are followed, each folder once; hidden files are left out.
+    """
+    paths, seen, errors = [], set(), []
+    for place, below, names in os.walk(os.fsencode(folder), onerror=errors.append, followlinks=True):
+        status = os.stat(place)
         if (status.st_dev, status.st_ino) in seen:
+            below.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.name.lower().endswith(SUFFIXES) and not entry.name.startswith(b"."):
-                    found.append(entry.path)
-                elif os.path.isdir(entry.path):  # False for a loop of links
-                    stack.append(entry.path)
-    return sorted(found)
-
-
-def _list_split(folder: Path, classes: list[str]) -> Files:
-    """The files of one split; with classes, labelled by the folders right below `folder`."""
-    paths = _walk(folder)
+        names = (name for name in names if name.lower().endswith(SUFFIXES) and not name.startswith(b"."))
+        paths += (os.path.join(place, name) for name in names)
+    if errors:
+        raise errors[0]
     if not paths:
         fail(f"no images below {folder}: known are {', '.join(s.decode() for s in SUFFIXES)}")
-    start = len(os.fsencode(folder)) + 1
-    names = [os.fsdecode(path[start:].partition(b"/")[0]) if classes else "" for path in paths]
-    if unknown := sorted(set(names) - set(classes)) if classes else []:
+    paths.sort()
+    if not classes:
+        return files_of(paths, [-1] * len(paths))
+    start, number_of = len(os.fsencode(folder)) + 1, {name: i for i, name in enumerate(classes)}
+    names = [os.fsdecode(path[start:].partition(b"/")[0]) for path in paths]
+    if unknown := sorted({*names} - {*classes}):
         fail(f"{folder}: {len(unknown)} entries are no class folder of train/: {', '.join(unknown[:3])}")
-    number_of = {name: i for i, name in enumerate(classes)}
-    return files_of(paths, [number_of.get(name, -1) for name in names])
+    return files_of(paths, [number_of[name] for name in names])
 
 
 def files_of(paths: list[bytes], labels: list[int]) -> Files:
@@ -490,43 +481,47 @@ def list_folder(root: Path, cache: Path) -> Data:
         fail(f"--data {root}: no such folder, nor a data set by that name ({', '.join(NAMED_DATA)})")
     if cache.is_file():
         try:
-            saved = torch.load(cache, weights_only=True)
+            *splits, classes = torch.load(cache, weights_only=True)
         except Exception as error:  # damage has many names
             fail(f"{cache} is damaged ({error}): delete it, and --data is listed again")
-        train, test = (Files(*saved[name], set()) if saved[name] else None for name in ("train", "test"))
-        return Data(train, test, saved["classes"])
+        return Data(*(split and Files(*split, set()) for split in splits), classes)
     train = root / "train" if (root / "train").is_dir() else root
     test = next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
     classes = sorted(path.name for path in train.iterdir() if path.is_dir() and path.name[0] != ".")
-    classes = [] if train == root or test is None else classes
-    if not classes:
+    if train == root or not test or not classes:
         if rank() == 0:
             print("no train/ and val/ (or test/) of class folders: no probe and no kNN", file=sys.stderr)
-        return Data(_list_split(train, []), None, [])
-    return Data(_list_split(train, classes), _list_split(test, classes), classes)
+        return Data(list_split(train, []), None, [])
+    return Data(list_split(train, classes), list_split(test, classes), classes)
 
 
-def to_memory(files: Files) -> Pixels | Files:
-    """Decodes small images of one size, all of them; leaves others as files."""
-    n, bad = len(files.labels), []
-    first = next((image for image in map(files.read, range(n)) if image is not None), None)
-    if first is None:
-        fail(f"none of the {n} images can be read, the first is {files.path(0)!r}")
-    if max(first.shape) > MEMORY_SIDE or n * first.numel() > MEMORY_BYTES:
-        return files
-    images = torch.empty(n, *first.shape, dtype=torch.uint8)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for i, image in enumerate(pool.map(files.read, range(n))):
-            if image is None:
-                bad.append(i)
-            elif image.shape != first.shape:
-                pool.shutdown(cancel_futures=True)
-                return files
-            else:
-                images[i] = image
-    report_unreadable(files, bad)
-    keep = [i for i in range(n) if i not in files.unreadable] if bad else slice(None)
-    return Pixels(images[keep], files.labels[keep])
+def to_memory(split: Split | None, device: torch.device) -> Split | None:
+    """On the device, decoded, where they are small images of one size; others stay files."""
+    if isinstance(split, Files):
+        n, bad = len(split.labels), []
+        first = next((image for image in map(split.read, range(n)) if image is not None), None)
+        if first is None:
+            fail(f"none of the {n} images can be read, the first is {split.path(0)!r}")
+        if max(first.shape) > MEMORY_SIDE or n * first.numel() > MEMORY_BYTES:
+            return split
+        images = torch.empty(n, *first.shape, dtype=torch.uint8)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for i, image in enumerate(pool.map(split.read, range(n))):
+                if image is None:
+                    bad.append(i)
+                elif image.shape != first.shape:
+                    pool.shutdown(cancel_futures=True)
+                    return split
+                else:
+                    images[i] = image
+        report_unreadable(split, bad)
+        keep = [i for i in range(n) if i not in split.unreadable] if bad else slice(None)
+        split = Pixels(images[keep], split.labels[keep])
+    return split and Pixels(split.images.to(device), split.labels)
+
+
+def load_small(data: Data, device: torch.device) -> Data:
+    return Data(*(to_memory(split, device) for split in data[:2]), data.classes)
 
 
 def report_unreadable(files: Files, found: list[int]) -> None:
@@ -551,22 +546,18 @@ def named_data(name: str, root: str) -> Data:
         *trains, test = (kind(root, **split) for split in [*train_splits, test_split])
     except (OSError, RuntimeError, ImportError) as error:  # flowers102 needs scipy
         fail(f"{name} is not in {root} and cannot be had ({error}): give --data {name}:/where/it/lies")
-    if hasattr(test, "data"):
-        return Data(_to_pixels(trains[0]), _to_pixels(test), list(test.classes))
-    return Data(_to_files(trains), _to_files([test]), list(map(str, getattr(test, "classes", ()))))
+    return Data(_splits(trains), _splits([test]), list(map(str, getattr(test, "classes", ()))))
 
 
-def _to_pixels(found) -> Pixels:
-    images = torch.tensor(found.data)
-    if hasattr(found, "labels"):  # STL-10, (n, 3, H, W) already
-        return Pixels(images, torch.tensor(found.labels).long())
-    return Pixels(images.permute(0, 3, 1, 2).contiguous(), torch.tensor(found.targets))
-
-
-def _to_files(found: list) -> Files:
-    """torchvision has no public way to paths and labels that does not decode the images."""
-    paths = [os.fsencode(path) for x in found for path in (getattr(x, "_image_files", None) or x._images)]
-    return files_of(paths, [label for x in found for label in x._labels])
+def _splits(found: list) -> Split:
+    """Together. torchvision has no public way to paths and labels that does not decode the images."""
+    if not hasattr(found[0], "data"):
+        paths = (path for x in found for path in getattr(x, "_image_files", None) or x._images)
+        return files_of([os.fsencode(path) for path in paths], [label for x in found for label in x._labels])
+    images = torch.tensor(found[0].data)
+    if hasattr(found[0], "labels"):  # STL-10, (n, 3, H, W) already
+        return Pixels(images, torch.tensor(found[0].labels).long())
+    return Pixels(images.permute(0, 3, 1, 2).contiguous(), torch.tensor(found[0].targets))
 
 
 GLYPHS = {  # signed distances from the outline, in glyph radii, at (a, b) from the centre
@@ -608,7 +599,7 @@ def draw_glyphs(n: int, split: int) -> Pixels:
 
 
 @readable("--data")
-def open_data(args: argparse.Namespace, out: Path) -> Data:
+def open_data(args: Args, out: Path) -> Data:
     """`--data` as it is: built in, by name, or a folder."""
     name, _, root = (args.data or "").partition(":")
     if not args.data:
@@ -620,13 +611,6 @@ def open_data(args: argparse.Namespace, out: Path) -> Data:
     if len(data.train.labels) < args.batch_size:
         fail(f"--batch-size {args.batch_size} is more than the {len(data.train.labels)} training images")
     return data
-
-
-def load_small(data: Data, device: torch.device) -> Data:
-    """Small images in memory, on the device."""
-    splits = [to_memory(split) if isinstance(split, Files) else split for split in data[:2]]
-    splits = [Pixels(x.images.to(device), x.labels) if isinstance(x, Pixels) else x for x in splits]
-    return Data(*splits, data.classes)
 
 
 class Batches:
@@ -643,17 +627,23 @@ class Batches:
             first = step % (self.images // self.batch) * self.batch + rank() * rows
             yield epoch, order[first : first + rows]
 
-    def __len__(self) -> int:
-        return self.stop - self.start
+
+def boxes_of(views: list[View], seed: int, epoch: int, index: Tensor, height: Tensor, width: Tensor):
+    """The box of each view in images height, width (n,): a list of (n, 4)."""
+    return [
+        crop_boxes(draw(seed, epoch, index, v), height, width, view.scale)
+        if view.scale
+        else centre_boxes(height, width, view.size)
+        for v, view in enumerate(views)
+    ]
 
 
 class Crops(torch.utils.data.Dataset):
-    """A worker's part: each file is read and decoded once, and cut to uint8 crops. An unreadable image is
-    replaced by the next one, and reported. boxes(epoch, index, height, width) is a list of one (n, 4) a view,
-    sizes the views' sides."""
+    """A worker's part: each file is read and decoded once, and cut to a uint8 crop for each view. An
+    unreadable image is replaced by the next one, and reported."""
 
-    def __init__(self, files: Files, sizes: list[int], boxes, workers: int = 0):
-        self.files, self.sizes, self.boxes = files, sizes, boxes
+    def __init__(self, files: Files, views: list[View], seed: int, workers: int = 0):
+        self.files, self.views, self.seed = files, views, seed
         self.reading = torch.full((max(1, workers),), -1).share_memory_()  # what each worker is at
 
     def read(self, i: int) -> Tensor | None:
@@ -663,7 +653,7 @@ class Crops(torch.utils.data.Dataset):
 
     def __getitems__(self, batch: tuple[int, Tensor]):
         epoch, index = batch
-        crops = [torch.empty(len(index), 3, size, size, dtype=torch.uint8) for size in self.sizes]
+        crops = [torch.empty(len(index), 3, v.size, v.size, dtype=torch.uint8) for v in self.views]
         labels, bad = torch.empty_like(index), []
         for start in range(0, len(index), 16):  # few decoded images at a time
             images = []
@@ -675,17 +665,13 @@ class Crops(torch.utils.data.Dataset):
                     i = (i + 1) % len(self.files.labels)
                 images.append(image)
                 labels[row] = self.files.labels[i]
-            height, width = torch.tensor([image.shape[1:] for image in images]).unbind(1)
-            boxes = self.boxes(epoch, index[start : start + 16], height, width)
-            for out, size, box in zip(crops, self.sizes, boxes, strict=True):
+            sides = torch.tensor([image.shape[1:] for image in images]).unbind(1)
+            boxes = boxes_of(self.views, self.seed, epoch, index[start : start + 16], *sides)
+            for out, box in zip(crops, boxes, strict=True):
                 for row, (image, (t, l, h, w)) in enumerate(zip(images, box.tolist(), strict=True), start):
                     part = image[None, :, t : t + h, l : l + w]
-                    out[row] = F.interpolate(part, (size, size), mode="bicubic", antialias=True)[0]
+                    out[row] = F.interpolate(part, out.shape[2:], mode="bicubic", antialias=True)[0]
         return epoch, index, crops, labels, bad
-
-
-def _same(batch):
-    return batch
 
 
 def _start_worker(_: int) -> None:
@@ -694,71 +680,49 @@ def _start_worker(_: int) -> None:
         signal.signal(name, signal.SIG_IGN)
 
 
-def crop_batches(
-    split: Pixels | Files, batches, sizes: list[int], boxes, args: argparse.Namespace, device: torch.device
-):
-    """Yields (epoch, index (n,), cuts, labels (n,)): cuts[v](rows) are crops of view v in [0, 1] on device.
+def crop_batches(split: Split, batches, views: list[View], args: Args, device: torch.device):
+    """Yields epoch, index (n,), labels (n,), and of each view images and boxes (n, 4), or crops and None.
 
     From files, workers decode and crop; pixels in memory are cropped where they are.
     """
     if isinstance(split, Pixels):
         for epoch, index in batches:
             images = split.images[index.to(device, non_blocking=True)]
-            height, width = (torch.full_like(index, side) for side in images.shape[2:])
-            found = zip(boxes(epoch, index, height, width), sizes, strict=True)
-            cuts = [lambda rows, i=images, b=b, size=size: crop(i[rows], b[rows], size) for b, size in found]
-            yield epoch, index, cuts, split.labels[index]
+            sides = (torch.full_like(index, side) for side in images.shape[2:])
+            boxes = boxes_of(views, args.seed, epoch, index, *sides)
+            yield epoch, index, split.labels[index], [images] * len(views), boxes
         return
-    files = Crops(split, sizes, boxes, args.workers)
+    crops = Crops(split, views, args.seed, args.workers)
     loader = torch.utils.data.DataLoader(
-        files, batch_sampler=batches, collate_fn=_same, num_workers=args.workers,
+        crops, batch_sampler=batches, collate_fn=tuple, num_workers=args.workers,
         worker_init_fn=_start_worker, pin_memory=device.type == "cuda", timeout=STALL if args.workers else 0,
     )  # fmt: skip
     try:
-        for epoch, index, crops, labels, bad in loader:
+        for epoch, index, images, labels, bad in loader:
             report_unreadable(split, bad)
-            crops = [crop.to(device, non_blocking=True) for crop in crops]
-            yield epoch, index, [lambda rows, c=c: c[rows].float() / 255 for c in crops], labels
+            yield epoch, index, labels, [x.to(device, non_blocking=True) for x in images], [None] * len(views)
     except RuntimeError as error:  # of a worker that hangs, or was killed
         if "DataLoader" not in str(error):
             raise
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where the loader would protest
         for worker in torch.multiprocessing.active_children():
             worker.kill()
-        paths = ", ".join(repr(split.path(i)) for i in files.reading.tolist() if i >= 0)
+        paths = ", ".join(repr(split.path(i)) for i in crops.reading.tolist() if i >= 0)
         fail(f"{error}; last read, one of each worker: {paths}")
 
 
-def random_boxes(
-    seed: int, views: list[View], epoch: int, index: Tensor, height: Tensor, width: Tensor
-) -> list[Tensor]:
-    u = (draw(seed, epoch, index, v) for v in range(len(views)))
-    return [crop_boxes(uv, height, width, view.scale) for uv, view in zip(u, views, strict=True)]
-
-
-def centre_box(size: int, epoch: int, index: Tensor, height: Tensor, width: Tensor) -> list[Tensor]:
-    return [centre_boxes(height, width, size)]
-
-
-def view_batches(
-    split: Pixels | Files, args: argparse.Namespace, device: torch.device, start: int, stop: int
-):
-    """Yields ([x1, x2, local crops...], y) of steps start .. stop - 1: (n, 3, S, S) and (n,)."""
-    views = views_for(args)
-    sizes, boxes = [view.size for view in views], partial(random_boxes, args.seed, views)
-    batches = Batches(len(split.labels), args.batch_size, args.seed, start, stop)
-    for epoch, index, cuts, y in crop_batches(split, batches, sizes, boxes, args, device):
+def batches_of(split: Split, batches, views: list[View], args: Args, device: torch.device):
+    """Yields ([x (n, 3, S, S) of each view], y (n,)), on the device, for (epoch, index (n,)) of batches."""
+    for epoch, index, y, images, boxes in crop_batches(split, batches, views, args, device):
         us = (draw(args.seed, epoch, index, v) for v in range(len(views)))
-        xs = [make_view(cut, u, view, device) for cut, u, view in zip(cuts, us, views, strict=True)]
+        xs = [make_view(*parts) for parts in zip(images, boxes, us, views, strict=True)]
         yield xs, y.to(device, non_blocking=True)
 
 
-def centre_batches(split: Pixels | Files, index: Tensor, args: argparse.Namespace, device: torch.device):
-    """Yields (x (n, 3, size, size), y (n,)): centre crops of images `index`, in order, 256 at a time."""
-    batches = [(0, chunk) for chunk in index.split(256)]
-    boxes = partial(centre_box, args.size)
-    for _, _, (cut,), y in crop_batches(split, batches, [args.size], boxes, args, device):
-        yield normalise(cut(slice(None))), y.to(device)
+def view_batches(split: Split, args: Args, device: torch.device, start: int, stop: int):
+    """Yields ([x1, x2, local crops...], y) of steps start .. stop - 1: (n, 3, S, S) and (n,)."""
+    batches = Batches(len(split.labels), args.batch_size, args.seed, start, stop)
+    return batches_of(split, batches, views_for(args), args, device)
 
 
 # ----------------------------------------------------------------------------------------- networks
@@ -827,7 +791,7 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         return (y * self.weight.view(shape) + self.bias.view(shape) if self.affine else y).to(x.dtype)
 
 
-def prepare(net: nn.Module, args: argparse.Namespace, device: torch.device) -> nn.Module:
+def prepare(net: nn.Module, args: Args, device: torch.device) -> nn.Module:
     """To the device and precision, channels last, BN synchronised over ranks."""
     dtype = torch.float64 if args.precision == "fp64" else None
     net = net.to(device, dtype, memory_format=torch.channels_last)
@@ -839,7 +803,7 @@ def prepare(net: nn.Module, args: argparse.Namespace, device: torch.device) -> n
     return net
 
 
-def parallel(net: nn.Module, args: argparse.Namespace, device: torch.device) -> nn.Module:
+def parallel(net: nn.Module, args: Args, device: torch.device) -> nn.Module:
     """What is called in training: `net`, compiled with --compile, under DDP where there are ranks."""
     if args.compile:
         net.compile()
@@ -854,16 +818,15 @@ def parallel(net: nn.Module, args: argparse.Namespace, device: torch.device) -> 
 @torch.no_grad()
 def ema_update(average: nn.Module, net: nn.Module, momentum: float) -> None:
     """average <- momentum average + (1 - momentum) net: parameters and BN statistics; counters are copied."""
-    mine = [*average.parameters(), *average.buffers()]
-    pairs = list(zip(mine, [*net.parameters(), *net.buffers()], strict=True))
-    floats = [(a, b) for a, b in pairs if a.is_floating_point()]
-    torch._foreach_lerp_([a for a, _ in floats], [b for _, b in floats], 1 - momentum)
+    pairs = list(zip(average.state_dict().values(), net.state_dict().values(), strict=True))
+    averaged, new = zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True)
+    torch._foreach_lerp_(averaged, new, 1 - momentum)
     for a, b in pairs:
         if not a.is_floating_point():
             a.copy_(b)
 
 
-def autocast(args: argparse.Namespace, device: torch.device):
+def autocast(args: Args, device: torch.device):
     return torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
 
@@ -919,26 +882,21 @@ def all_gather(x: Tensor) -> Tensor:
     return out
 
 
-def start_ranks(args: argparse.Namespace) -> torch.device:
+def start_ranks(args: Args) -> torch.device:
     """The device of this rank, its process group joined under torchrun; errors of use first."""
-    try:
-        device = torch.device(args.device)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
+    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", args.device):
         fail(f"--device {args.device}: give cuda, cuda:N or cpu")
-    count = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if device.index is None else device.index + 1
-    if device.type == "cuda" and torch.cuda.device_count() < count:
-        fail(f"--device {args.device}: {count} CUDA devices needed, {torch.cuda.device_count()} here")
-    if args.precision == "fp64" and device.type == "cuda":
-        fail("--precision fp64 is for exactness tests on the CPU: add --device cpu")
+    device = torch.device(args.device)
     if args.batch_size % world() or args.batch_size // world() < 2:
-        fail(
-            f"--batch-size {args.batch_size} on {world()} ranks: it must divide, into 2 images or more a rank"
-        )
+        fail(f"--batch-size {args.batch_size} on {world()} ranks: it must divide, into 2 or more images each")
     if device.type == "cuda":
-        local = int(os.environ.get("LOCAL_RANK", 0))
-        device = torch.device("cuda", local if device.index is None else device.index)
+        count = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if device.index is None else device.index + 1
+        if torch.cuda.device_count() < count:
+            fail(f"--device {args.device}: {count} CUDA devices needed, {torch.cuda.device_count()} here")
+        if args.precision == "fp64":
+            fail("--precision fp64 is for exactness tests on the CPU: add --device cpu")
+        if device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if world() > 1 and not dist.is_initialized():
         store, mine, count = next(dist.rendezvous("env://"))
@@ -979,7 +937,7 @@ class LARS(torch.optim.Optimizer):
             torch._foreach_add_(params, velocity, alpha=-group["lr"])
 
 
-def optimizer_for(net: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
+def optimizer_for(net: nn.Module, args: Args) -> torch.optim.Optimizer:
     """--optimizer for all parameters; biases and norms without weight decay and without LARS's scaling."""
     params = [p for p in net.parameters() if p.requires_grad]
     weights = dict(params=[p for p in params if p.ndim > 1], weight_decay=args.wd)
@@ -1009,18 +967,14 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> float:
 
 @torch.no_grad()
 def features(
-    backbone: nn.Module,
-    split: Pixels | Files,
-    index: Tensor,
-    args: argparse.Namespace,
-    device: torch.device,
-    unit: bool = True,
+    backbone: nn.Module, split: Split, index: Tensor, args: Args, device: torch.device, unit: bool = True
 ):
     """float32 features (m, D), L2-normalised if `unit`, and labels (m,) of images `index`, on every rank."""
     padded = torch.cat([index, index[:1].expand(-len(index) % world())])  # to equal shards
     mine, found, training = padded[rank() :: world()], [], backbone.training
     backbone.eval()
-    for x, y in centre_batches(split, mine, args, device):
+    batches = [(0, rows) for rows in mine.split(256)]
+    for (x,), y in batches_of(split, batches, [View(size=args.size)], args, device):
         with autocast(args, device):
             h = backbone(x.double() if args.precision == "fp64" else x)
         found.append((F.normalize(h.float(), dim=1) if unit else h.float(), y))
@@ -1052,14 +1006,13 @@ def spectrum(z: Tensor) -> Tensor:
 
 def effective_rank(z: Tensor) -> float:
     """RankMe, the exponential of the entropy of `spectrum`: 1 where all rows are one point, at most d."""
-    s = spectrum(z)
-    return float(torch.exp(-torch.special.xlogy(s, s).sum()))
+    return float(torch.special.entr(spectrum(z)).sum().exp())
 
 
 class Probe(nn.Module):
     """Online linear classifier on detached, L2-normalised features, after a BN without parameters."""
 
-    def __init__(self, width: int, classes: int, args: argparse.Namespace, device: torch.device):
+    def __init__(self, width: int, classes: int, args: Args, device: torch.device):
         super().__init__()
         net = nn.Sequential(nn.BatchNorm1d(width, affine=False), nn.Linear(width, classes))
         self.net = prepare(net, args, device)
@@ -1103,7 +1056,7 @@ class Run:
     FREE = {"out", "workers", "device", "save_minutes", "log_every"}  # arguments that may change on resume
     EXPORT = "backbone.pth"
 
-    def __init__(self, args: argparse.Namespace, script: str):
+    def __init__(self, args: Args, script: str):
         self.args, self.script, self.out = args, Path(script), Path(args.out)
         self.device = start_ranks(args)
         self._check_directory()
@@ -1116,23 +1069,20 @@ class Run:
         """Refuses a directory that holds something else or another run, or that cannot be written."""
         if not str(self.out).isprintable():  # TensorBoard has its limits
             fail(f"--out {str(self.out)!r}: give a name that can be printed")
-        parent = next(path for path in (self.out, *self.out.absolute().parents) if os.path.exists(path))
+        parent = next(path for path in (self.out, *self.out.absolute().parents) if os.path.lexists(path))
         if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
             fail(f"--out {self.out}: {parent} is not a folder that can be written")
-        try:
-            saved = json.loads((self.out / "args.json").read_text())
-        except FileNotFoundError:
-            if self.out.is_dir() and {path.name for path in self.out.iterdir()} - {".lock", *Job.FILES}:
-                fail(f"--out {self.out} is neither empty nor a run directory: choose another")
-        except (OSError, ValueError) as error:
-            fail(f"--out {self.out}: its args.json cannot be read ({error}): choose another")
-        else:
-            now = json.loads(json.dumps(vars(self.args)))
-            keys = sorted((now.keys() | saved.keys()) - self.FREE)
-            pairs = ((key, saved.get(key), now.get(key)) for key in keys)
-            changed = "; ".join(f"{key} {old} -> {new}" for key, old, new in pairs if old != new)
-            if changed:
-                fail(f"--out {self.out} holds another run ({changed}): choose another")
+        with readable(f"--out {self.out}"):
+            found = {path.name for path in self.out.iterdir()} if self.out.is_dir() else set()
+            saved = json.loads((self.out / "args.json").read_text()) if "args.json" in found else None
+        if found - {".lock", *Job.FILES} and saved is None:
+            fail(f"--out {self.out} is neither empty nor a run directory: choose another")
+        now = json.loads(json.dumps(vars(self.args)))
+        was = now if saved is None else saved
+        keys = sorted((now.keys() | was.keys()) - self.FREE)
+        changed = [f"{key} {was.get(key)} -> {now.get(key)}" for key in keys if was.get(key) != now.get(key)]
+        if changed:
+            fail(f"--out {self.out} holds another run ({'; '.join(changed)}): choose another")
 
     def begin(self, evaluate: nn.Module, width: int, **state) -> None:
         """Makes the directory, or resumes from it.
@@ -1152,18 +1102,20 @@ class Run:
         self.backbone, self.state, self.pending, self.knn = evaluate, state, None, []
         try:
             self.out.mkdir(parents=True, exist_ok=True)
-            if rank() == 0:
-                self._lock()
+            if rank() == 0:  # the lock is held until this process ends, however it ends, and unlike flock's
+                self.lock = open(self.out / ".lock", "w")  # not by the workers of a killed one
+                fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._resume()
             if rank() == 0:
                 for source in {self.script.resolve(), Path(__file__).resolve()}:
                     shutil.copy(source, self.out)
                 if isinstance(self.data.train, Files) and not (self.out / "files.pt").exists():
-                    test = self.data.test[:3] if self.data.test else None
-                    listing = dict(train=self.data.train[:3], test=test, classes=self.data.classes)
+                    listing = *(split and split[:3] for split in self.data[:2]), self.data.classes
                     self._write("files.pt", lambda file: torch.save(listing, file))
                 text = json.dumps(vars(self.args), indent=1)
                 self._write("args.json", lambda file: file.write(text.encode()))
+        except BlockingIOError:
+            fail(f"--out {self.out} is in use by another process: choose another --out, or end that one")
         except OSError as error:
             fail(f"--out {self.out} cannot be written: {error.strerror or error}")
         self.votes = dist.new_group(backend="gloo") if world() > 1 else None  # on signals, without the GPU
@@ -1171,13 +1123,6 @@ class Run:
             from torch.utils.tensorboard import SummaryWriter  # slow to import
 
             self.board = SummaryWriter(str(self.out), purge_step=self.step)
-
-    def _lock(self) -> None:
-        self.lock = open(self.out / ".lock", "w")  # held until this process ends, however it ends, and
-        try:  # unlike flock's not by the workers of a killed one
-            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            fail(f"--out {self.out} is in use by another process: choose another --out, or end that one")
 
     def _on_signal(self, number: int, _) -> None:
         self.stop = number
@@ -1211,45 +1156,43 @@ class Run:
 
     def _resume(self) -> None:
         """Loads the newest whole checkpoint: torch.load does not notice flipped bits, archive CRCs do."""
-        damaged, saved = [], None
-        for path in (self.out / "checkpoint.pt", self.out / "checkpoint-previous.pt"):
+        names = ("checkpoint.pt", "checkpoint-previous.pt", "log.jsonl")
+        (last, before, log), damaged = (self.out / name for name in names), []
+        for path in filter(Path.exists, (last, before)):
             try:
                 with zipfile.ZipFile(path) as archive:
                     if record := archive.testzip():
                         raise ValueError(f"wrong checksum of {record}")
                 saved = torch.load(path, map_location=self.device, weights_only=True)
                 break
-            except FileNotFoundError:
-                continue
             except Exception as error:  # damage has many names
                 damaged.append(f"{path} is damaged ({error})")
-        if saved is None:
+        else:
             if damaged:
                 fail(f"{'; '.join(damaged)}: nothing to resume from, choose another --out")
             return
         for name, value in self.state.items():
             value.load_state_dict(saved[name])
-        self.step, self.knn = saved["step"], [tuple(pair) for pair in saved["knn"]]
+        self.step, self.knn = saved["step"], saved["knn"]
         if rank() > 0:
             return
-        for sentence in damaged:
-            print(f"{sentence}: going on from the one before", file=sys.stderr)
-            os.replace(self.out / "checkpoint-previous.pt", self.out / "checkpoint.pt")
+        if damaged:
+            print(f"{damaged[0]}: going on from the one before", file=sys.stderr)
+            os.replace(before, last)
         ranks = "" if saved["world"] == world() else f", saved on {saved['world']} ranks, now {world()}"
         print(f"{self.out}: resuming at step {self.step} of {self.total}{ranks}", file=sys.stderr)
-        if (self.out / "log.jsonl").exists():
-            lines = (self.out / "log.jsonl").read_text().splitlines(True)
-            kept = "".join(line for line in lines if _step_of(line) <= self.step)
-            self._write("log.jsonl", lambda file: file.write(kept.encode()))
+        lines = text_of(log).splitlines(True)
+        kept = "".join(line for line in lines if json_of(line).get("step", math.inf) <= self.step)
+        self._write("log.jsonl", lambda file: file.write(kept.encode()))
 
     def steps(self):
         """Yields (step, [views], labels) from where the run stands to the end; evaluates, saves between."""
-        signals = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
-        self.handlers = {name: signal.signal(name, self._on_signal) for name in signals}
+        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+        self.handlers = {number: signal.signal(number, self._on_signal) for number in numbers}
         interval = 0.5 if sys.stderr.isatty() else 30
         self.bar = tqdm(total=self.total, initial=self.step, disable=rank() > 0, mininterval=interval)
         self.saved_at = self.clock = time.monotonic()
-        self.clock_step = self.step
+        self.clock_step, every = self.step, self.args.knn_every
         try:
             if self.step == 0:
                 self.evaluate()
@@ -1260,13 +1203,18 @@ class Run:
                     yield self.step, [x.double() for x in xs] if self.args.precision == "fp64" else xs, y
                     self.step += 1
                     self.bar.update()
-                    self._between_steps()
+                    epoch, rest = divmod(self.step, self.epoch_steps)
+                    if self.step == self.total or (rest == 0 and every and epoch % every == 0):
+                        self.evaluate()
+                    if rest == 0 or time.monotonic() - self.saved_at > 60 * self.args.save_minutes:
+                        self.save()
+                    self._leave_if_asked()
             self.bar.close()
             self._summary()
         finally:  # of the run, or of its generator where an error ends the loop
             self.bar.close()
-            for name, handler in self.handlers.items():
-                signal.signal(name, handler)
+            for number, handler in self.handlers.items():
+                signal.signal(number, handler)
             if rank() == 0:
                 self.board.close()
                 self.lock.close()
@@ -1282,15 +1230,6 @@ class Run:
             mean, std = (torch.tensor(c).view(3, 1, 1) for c in (MEAN, STD))
             self.board.add_image("views", torchvision.utils.make_grid((x * std + mean).clamp(0, 1)), 0)
 
-    def _between_steps(self) -> None:
-        epoch, rest = divmod(self.step, self.epoch_steps)
-        every = self.args.knn_every
-        if self.step == self.total or (rest == 0 and every and epoch % every == 0):
-            self.evaluate()
-        if rest == 0 or time.monotonic() - self.saved_at > 60 * self.args.save_minutes:
-            self.save()
-        self._leave_if_asked()
-
     def _leave_if_asked(self) -> None:
         """All ranks agree on the step, the state is saved, and the program ends; on SLURM, is ended.
 
@@ -1305,9 +1244,8 @@ class Run:
         barrier()
         self.bar.close()
         if rank() == 0:
-            name = signal.Signals(int(asked)).name
-            where = f"{self.out} at step {self.step} of {self.total}"
-            print(f"{name}: saved {where}, the same command resumes", file=sys.stderr)
+            where = f"saved {self.out} at step {self.step} of {self.total}, the same command resumes"
+            print(f"{signal.Signals(int(asked)).name}: {where}", file=sys.stderr)
             if asked == signal.SIGUSR2 and callable(self.handlers[signal.SIGUSR2]):
                 self.handlers[signal.SIGUSR2](signal.SIGUSR2, None)  # submitit's: requeues the job, exits
         if asked != signal.SIGINT and os.environ.get("SUBMITIT_EXECUTOR") == "slurm":
@@ -1321,24 +1259,23 @@ class Run:
         In micro-batches, zs is computed without graph, then dL/dzs of the whole batch, then micro-batches
         again with graph: the loss is that of the whole batch. Returns loss, terms, h (n, D) of view 1 and zs.
         """
+        before = {name: buffer.clone() for name, buffer in model.named_buffers()}
         while True:
             parts = math.ceil(len(xs[0]) / self.micro) if self.micro else 1
             chunks = list(zip(*(x.tensor_split(parts) for x in xs), strict=True))
-            buffers = [buffer.clone() for buffer in model.buffers()]
             model.zero_grad(set_to_none=True)
             try:
-                return self._backward(model, chunks, loss_of, buffers)
+                return self._backward(model, chunks, loss_of, before)
             except torch.OutOfMemoryError as error:
                 size, reason = len(chunks[0][0]), str(error).partition("\n")[0]
             if world() > 1 or size < 4:
                 fail(f"out of memory at {size} rows: give --micro-batch {max(1, size // 2)} ({reason})")
             self.micro = size // 2
             tqdm.write(f"out of memory at {size} rows: going on with --micro-batch {self.micro}", sys.stderr)
-            _restore(model, buffers)
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
+            model.load_state_dict(before, strict=False)
+            torch.cuda.empty_cache()
 
-    def _backward(self, model: nn.Module, chunks: list, loss_of, buffers: list[Tensor]) -> tuple:
+    def _backward(self, model: nn.Module, chunks: list, loss_of, before: dict[str, Tensor]) -> tuple:
         def encode(chunk):
             with autocast(self.args, self.device):
                 h, zs = model(list(chunk))
@@ -1351,7 +1288,7 @@ class Run:
             return loss.detach(), terms, h[0].detach(), zs.detach()
         with torch.no_grad():
             hs, zs = zip(*(encode(chunk) for chunk in chunks), strict=True)
-        _restore(model, buffers)  # the running statistics of BN shall see each row once
+        model.load_state_dict(before, strict=False)  # the running statistics of BN shall see each row once
         zs = torch.cat(zs, 1).requires_grad_()
         loss, terms = loss_of(zs)
         loss.backward()
@@ -1370,16 +1307,14 @@ class Run:
             self.probe.step(h.float(), y)
         self._check_pending()
         values = torch.stack([loss.double(), *(term.double() for term in terms.values())])
-        event = torch.cuda.Event() if values.is_cuda else None
-        self.pending = self.step, ["loss", *terms], values.to("cpu", non_blocking=True), event
-        if event:  # looked at a step later, so that the device is not waited for
-            event.record()
-        else:
+        copied = values.to("cpu", non_blocking=True)
+        event = torch.cuda.current_stream().record_event() if values.is_cuda else None
+        self.pending, done = (self.step, ["loss", *terms], copied, event), self.step + 1
+        due = done % self.args.log_every == 0 or done in (1, self.total)
+        if due or not event:  # else a step later, so that the device is not waited for
             self._check_pending()
-        done = self.step + 1
-        if done % self.args.log_every and done not in (1, self.total):
+        if not due:
             return
-        self._check_pending()
         now, images = time.monotonic(), self.args.batch_size * (done - self.clock_step)
         speed, self.clock, self.clock_step = images / (now - self.clock), now, done
         ranks = dict(rank_z=effective_rank(z), rank_h=effective_rank(h))
@@ -1462,19 +1397,6 @@ def flatten(tree: dict, prefix: str = ""):
             yield from flatten(value, f"{prefix}{key}.")
 
 
-@torch.no_grad()
-def _restore(model: nn.Module, buffers: list[Tensor]) -> None:
-    for buffer, old in zip(model.buffers(), buffers, strict=True):
-        buffer.copy_(old)
-
-
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):  # the torn last line of a killed run
-        return math.inf
-
-
 # ------------------------------------------------------------------------------------------- launch
 
 
@@ -1496,16 +1418,16 @@ def launch(main: Callable, get_args: Callable) -> None:
     add("--slurm", nargs="+", metavar="KEY=VALUE", help="more for sbatch: account, qos, exclude, ...")
     # fmt: on
     asked, argv = parser.parse_known_args()
-    script = Path(sys.argv[0]).name
     given = [name for name, value in vars(asked).items() if value is not None]
+    slurms = {"nodes", "minutes", "partition", "slurm"}
     if {"-h", "--help"} & {*argv}:
         with contextlib.suppress(SystemExit):
             get_args(argv)
         print("\n" + parser.format_help(), end="")
+    elif wrong := [name for name in given if not asked.submit or name in slurms and asked.submit != "slurm"]:
+        fail(f"--{wrong[0]} needs --submit slurm" + " or local" * (wrong[0] not in slurms))
     elif asked.submit:
         submit(asked, argv, get_args)
-    elif given:
-        fail(f"--{given[0]} needs --submit slurm or --submit local")
     else:
         try:
             main(get_args(argv))
@@ -1513,7 +1435,8 @@ def launch(main: Callable, get_args: Callable) -> None:
             if not isinstance(error, dist.DistError) and "gloo" not in str(error):
                 raise
             reason = re.sub(r"^\[\S+\] ", "", str(error)).partition("\n")[0].partition(". ")[0]
-            print(f"{script}: error: rank {rank()}: another one does not answer ({reason})", file=sys.stderr)
+            text = f"error: rank {rank()}: another one does not answer ({reason})"
+            print(f"{Path(sys.argv[0]).name}: {text}", file=sys.stderr)
             raise SystemExit(1) from None
 
 
@@ -1527,23 +1450,20 @@ class Job:
         self.path, self.command, self.cpus = path, command, cpus
 
     def __call__(self) -> None:
-        import submitit
+        from submitit import JobEnvironment, helpers
 
-        env = submitit.JobEnvironment()
+        env, life = JobEnvironment(), int(os.environ.get("SLURM_RESTART_COUNT", 0))
         env.paths.result_pickle.unlink(missing_ok=True)  # of an earlier life, whose port can linger, too
-        port = 10000 + (16 * int(env.raw_job_id) + int(os.environ.get("SLURM_RESTART_COUNT", 0))) % 20000
-        host = env.hostnames[0] if env.cluster == "slurm" else "127.0.0.1"
-        ranks = dict(RANK=env.global_rank, WORLD_SIZE=env.num_tasks, MASTER_ADDR=host, MASTER_PORT=port)
-        ranks.update(LOCAL_RANK=env.local_rank, LOCAL_WORLD_SIZE=env.num_tasks // env.num_nodes)
-        os.environ.update({name: str(value) for name, value in ranks.items()})
+        os.environ["MASTER_PORT"] = str(10000 + (16 * int(env.raw_job_id) + life) % 20000)
+        helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
         torch.set_num_threads(self.cpus)
         sys.path[:0], sys.argv = self.path, self.command
         runpy.run_path(self.command[0], run_name="__main__")
 
     def checkpoint(self):
-        import submitit
+        from submitit.helpers import DelayedSubmission
 
-        return submitit.helpers.DelayedSubmission(self)
+        return DelayedSubmission(self)
 
 
 def sweep_points(sweep: list[str], argv: list[str], get_args: Callable) -> tuple[Path, dict[str, list[str]]]:
@@ -1553,23 +1473,21 @@ def sweep_points(sweep: list[str], argv: list[str], get_args: Callable) -> tuple
     """
     out, points, seen, values = None, {}, set(), {}
     for item in sweep:
-        name, _, listed = item.partition("=")
-        name = name.strip("-").replace("_", "-")
-        if not name or name in values or not all(listed.split(",")):
+        flag, _, listed = item.partition("=")
+        flag = flag.strip("-").replace("_", "-")
+        if not flag or flag in values or not all(listed.split(",")):
             fail(f"--sweep {item}: give each flag once, as flag=value,value")
-        values[name] = [(name, value) for value in listed.split(",")]
+        values[flag] = listed.split(",")
     for point in itertools.product(*values.values()):
         flags, said = [], io.StringIO()
-        for name, value in point:
-            switch = dict(true=[f"--{name}"], false=[f"--no-{name}"])
-            flags += switch.get(value, [f"--{name}", *value.split()])
-        try:
-            with contextlib.redirect_stderr(said):
-                args = get_args([*argv, *flags])
+        for flag, value in zip(values, point, strict=True):
+            switch = dict(true=[f"--{flag}"], false=[f"--no-{flag}"])
+            flags += switch.get(value, [f"--{flag}", *value.split()])
+        name = re.sub(r"[^\w.,=+-]", "_", ",".join(map("=".join, zip(values, point, strict=True))))
+        means = name
+        with contextlib.redirect_stderr(said), contextlib.suppress(SystemExit):
+            args = get_args([*argv, *flags])
             out, means = out or Path(args.out), str({**vars(args), "out": None})
-        except SystemExit:
-            means = str(point)
-        name = re.sub(r"[^\w.,=+-]", "_", ",".join(map("=".join, point)))
         if name in points or means in seen:
             fail(f"--sweep {' '.join(sweep)}: the point {name} is there twice")
         points[name] = flags
@@ -1592,9 +1510,11 @@ def check_slurm(partition: str | None, nodes: int) -> None:
     """SLURM lets a job for more nodes than there are wait for ever."""
     if (text := ask("sinfo", "-h", "-o", "%P %D")) is None:
         fail("--submit slurm: no SLURM answers here (sinfo); --submit local needs none")
-    count = {name: int(number) for name, number in map(str.split, text.splitlines())}
-    chosen = partition.split(",") if partition else [name.strip("*") for name in count if "*" in name]
-    count = {name.strip("*"): number for name, number in count.items()}
+    count, default = {}, []
+    for name, number in map(str.split, text.splitlines()):
+        count[name.strip("*")] = int(number)
+        default += [name.strip("*")] * ("*" in name)
+    chosen = partition.split(",") if partition else default
     if not chosen or {*chosen} - {*count}:
         fail(f"--partition {partition}: the cluster has {', '.join(count)}")
     if nodes > (most := max(count[name] for name in chosen)):
@@ -1604,18 +1524,14 @@ def check_slurm(partition: str | None, nodes: int) -> None:
 @contextlib.contextmanager
 def in_background():
     """What is started here keeps neither terminal nor pipes, and outlives them."""
-    kept, null = [os.dup(fd) for fd in range(3)], os.open(os.devnull, os.O_RDWR)
     hangup = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
+    with open(os.devnull, "r+b") as null, contextlib.ExitStack() as after:
+        after.callback(signal.signal, signal.SIGHUP, hangup)
         for fd in range(3):
-            os.dup2(null, fd)
+            kept = after.enter_context(open(os.dup(fd), "wb"))
+            after.callback(os.dup2, kept.fileno(), fd)
+            os.dup2(null.fileno(), fd)
         yield
-    finally:
-        for fd in range(3):
-            os.dup2(kept[fd], fd)
-        for fd in (null, *kept):
-            os.close(fd)
-        signal.signal(signal.SIGHUP, hangup)
 
 
 # After a rank was killed or crashed, as by a failing node; not where the run ended by an error of its own.
@@ -1626,27 +1542,22 @@ esac
 exit $code"""
 
 
-def submit(asked: argparse.Namespace, argv: list[str], get_args: Callable) -> None:
+def submit(asked: Args, argv: list[str], get_args: Callable) -> None:
     """Submits a run, or the points of a sweep as one job array, and says where they are."""
     slurm, script = asked.submit == "slurm", Path(sys.argv[0]).absolute()
     if "RANK" in os.environ:
         fail("--submit under torchrun: start it with python, a job's tasks are its ranks")
     if asked.gpus and asked.tasks:
         fail("--tasks is for nodes without GPUs: with --gpus, each GPU has a rank")
-    for name in () if slurm else ("nodes", "minutes", "partition", "slurm"):
-        if getattr(asked, name):
-            fail(f"--{name} needs --submit slurm")
     root, points = sweep_points(asked.sweep or [], argv, get_args)
     if asked.sweep and (root / "args.json").exists():
         fail(f"--out {root} holds a run: give the sweep another")
     for out in (root / name for name in points):
         if (state := state_of(out)[0]) in ("waiting", "running"):
             fail(f"{out} is {state} already: choose another --out, or end that job")
-    try:
-        import cloudpickle
-        import submitit
-    except ImportError:
-        fail("--submit needs submitit: pip install submitit")
+    import cloudpickle
+    import submitit
+
     nodes, minutes = asked.nodes or 1, asked.minutes or 60
     if slurm:
         check_slurm(asked.partition, nodes)
@@ -1673,22 +1584,20 @@ def submit(asked: argparse.Namespace, argv: list[str], get_args: Callable) -> No
             slurm_additional_parameters={"requeue": True, **options},
         )  # fmt: skip
         with contextlib.redirect_stderr(io.StringIO()), in_background(), executor.batch():
-            jobs = {}
+            jobs = []
             for name, flags in points.items():
                 command = [str(folder / script.name), *argv, *flags, "--out", str((root / name).absolute())]
-                jobs[name] = executor.submit(Job([str(folder), str(script.parent)], command, share))
-        for name, job in jobs.items():
+                jobs.append(executor.submit(Job([str(folder), str(script.parent)], command, share)))
+        for name, job in zip(points, jobs, strict=True):
             (root / name).mkdir(exist_ok=True)
             record = dict(cluster=asked.submit, job=job.job_id, log=str(job.paths.stdout))
             (root / name / "job.json").write_text(json.dumps(record))
+            print(f"job {job.job_id}: {root / name}, log {job.paths.stdout}")
     except (OSError, submitit.core.utils.FailedJobError) as error:
         if made:
             shutil.rmtree(made, ignore_errors=True)
         said = re.search("sbatch: .*", str(error)) or re.search(".*", str(error))
         fail(f"--submit {asked.submit}: {said[0]}")
-    print(f"{asked.submit}: {nodes} x {tasks} ranks, {gpus} GPUs a node, {share} CPUs a rank")
-    for name, job in jobs.items():
-        print(f"job {job.job_id}: {root / name}, log {job.paths.stdout}")
     print(f"follow: tail -f {job.paths.stdout}\n        python common.py {root}")
 
 
@@ -1702,22 +1611,23 @@ def queue() -> dict[str, str] | None:
     return None if text is None else dict(line.split() for line in text.splitlines())
 
 
-def read_json(path: Path, text: str | None = None) -> dict:
-    """An object from a file, or from the text of its line; empty where there is none, or half of one."""
+def text_of(path: Path | str) -> str:
+    """Of a file; empty where there is none."""
+    return Path(path).read_text(errors="replace") if os.path.isfile(path) else ""
+
+
+def json_of(text: str) -> dict:
+    """The object that a text or a line holds; empty for half of one."""
     try:
-        value = json.loads(path.read_text() if text is None else text)
-    except (OSError, ValueError):
+        return json.loads(text)
+    except ValueError:
         return {}
-    return value if isinstance(value, dict) else {}
-
-
-def json_lines(path: Path) -> list[dict]:
-    return [read_json(path, line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
 def newest(out: Path) -> dict:
     """Each value that the run logged, as it was last."""
-    return {key: value for record in json_lines(out / "log.jsonl") for key, value in record.items()}
+    lines = text_of(out / "log.jsonl").splitlines()
+    return {key: value for line in lines for key, value in json_of(line).items()}
 
 
 def locked(out: Path) -> bool:
@@ -1732,48 +1642,44 @@ def locked(out: Path) -> bool:
 
 def state_of(out: Path) -> tuple[str, str]:
     """waiting, running, done, failed with the job's last sentence, or stopped where it had no job."""
-    job, last = read_json(out / "job.json"), newest(out)
+    job, last = json_of(text_of(out / "job.json")), newest(out)
     word = (queue() or {}).get(job["job"], "") if job.get("cluster") == "slurm" else ""
     if word.startswith(("PENDING", "CONFIGURING", "REQUEUE")):
         return "waiting", ""
     process = Path("/proc", job.get("job", "none"), "cmdline")  # a local job's number is its process's
-    alive = job.get("cluster") == "local" and process.exists() and b"submitit" in process.read_bytes()
-    if word or alive or locked(out):
+    if word or locked(out) or (job.get("cluster") == "local" and "submitit" in text_of(process)):
         return "running", ""
-    if "steps" in last and last["step"] == last["steps"]:
-        return "done", ""
+    text = text_of(job.get("log", ""))
+    if ("steps" in last and last["step"] == last["steps"]) or "Job completed successfully" in text:
+        return "done", ""  # the latter is submitit's word, for scripts that log no steps
     if not job:
         return "stopped", ""
     if job["cluster"] == "slurm" and queue() is None:
         return "unknown", "SLURM does not answer here"
-    text = Path(job["log"]).read_text(errors="replace") if Path(job["log"]).exists() else "no log"
-    if "Job completed successfully" in text:  # submitit's word, for scripts that log no steps
-        return "done", ""
-    lines = [line for line in re.split(r"[\r\n]+", text) if line.strip()]
-    noise = re.compile(r"srun: |submitit |slurmstepd\S*: error: \*\*\* STEP")  # what follows from the error
-    lines = [line for line in lines if not noise.match(line)]
+    noise = re.compile(r"\s*$|srun: |submitit |slurmstepd\S*: error: \*\*\* STEP")  # follows from the error
+    lines = [line for line in re.split(r"[\r\n]+", text) if not noise.match(line)]
     errors = [line for line in lines if re.search("error|cancelled|: saved", line, re.I)]
-    return "failed", re.sub(r"^\S+: error: ", "", (errors or lines or [""])[-1])
+    return "failed", re.sub(r"^\S+: error: ", "", (errors or lines or ["no log"])[-1])
 
 
 def table(runs: list[str], by: str) -> None:
     """Prints a line for each run below `runs`: what differs, state, step, loss, kNN and linear accuracy."""
-    tops = [Path(top) for top in runs if os.path.isdir(top)]
-    found = (path.parent for top in tops for kind in ("args", "job") for path in top.rglob(f"{kind}.json"))
-    args, rows = {}, []
-    for out in sorted({*found}):
+    found = {
+        path.parent for top in runs for kind in ("args", "job") for path in Path(top).rglob(f"{kind}.json")
+    }
+    args, values, rows = {}, {}, []
+    for out in sorted(found):
         swept = (item.split("=") for item in out.name.split(",") if item.count("=") == 1)
         args[out] = {name.replace("-", "_"): value for name, value in swept}  # of a run that never began
-        args[out].update(read_json(out / "args.json"))
-    values = {}
-    for key, value in ((key, value) for one in args.values() for key, value in one.items()):
-        values.setdefault(key, set()).add(str(value))
+        args[out].update(json_of(text_of(out / "args.json")))
+        for key, value in args[out].items():
+            values.setdefault(key, set()).add(str(value))
     differ = [key for key, seen in values.items() if len(seen) > 1 and key not in Run.FREE]
     for out, one in args.items():
         last, (state, words) = newest(out), state_of(out)
         results = [*out.glob("results.jsonl"), *out.glob("*/results.jsonl")]
-        results = [r for path in results for r in json_lines(path) if r.get("mode") in ("linear", "cached")]
-        linear = [r["top1"] for r in results if "top1" in r]  # in %
+        results = [json_of(line) for path in results for line in text_of(path).splitlines()]
+        linear = [r["top1"] for r in results if r.get("mode") in ("linear", "cached") and "top1" in r]  # in %
         row = dict(run=out, **{key: one.get(key, "") for key in differ}, state=state)
         row["step"] = f"{last['step']}/{last['steps']}" if "steps" in last else ""
         row["loss"] = f"{last['loss']:.4f}" if "loss" in last else ""

@@ -41,7 +41,7 @@ def sample_features(d: int, f: int, kernel: str, seed: int, step: int, device="c
 
     The IMQ kernel is a mixture of Gaussians, (1 + r^2)^(-1/2) = E exp(-s^2 r^2 / 2) s ~ N(0, 1); so is omega.
     """
-    generator = torch.Generator().manual_seed(common.hash64(seed, step))
+    generator = torch.Generator().manual_seed(int(common.hash64(seed, step)))
     omega = torch.randn(d, f, generator=generator)
     if kernel == "imq":
         omega = omega * torch.randn(1, f, generator=generator)

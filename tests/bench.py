@@ -21,7 +21,6 @@ import statistics
 import sys
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -172,7 +171,7 @@ def input_pipeline(table, options):
     files = common.list_folder(folder, folder / "none").train
     index = torch.arange(min(320, len(files.labels)))
     args = hsic.get_args(["--batch-size", "32", "--views", "byol", "--size", "224", "--device", "cpu"])
-    crops = common.Crops(files, [224, 224], partial(common.random_boxes, 0, common.views_for(args)))
+    crops = common.Crops(files, common.views_for(args), 0)
     pair = pil_views(224)
 
     def pil():

@@ -214,7 +214,7 @@ def in_a_process(function):
 
 
 def listed(folder):
-    return common.files_of(common._walk(folder), [-1] * len(common._walk(folder)))
+    return common.list_split(folder, [])
 
 
 def test_200_mutated_images_are_loaded_or_skipped(tmp_path):

@@ -233,7 +233,7 @@ def knn_features(folder):
     import argparse
 
     data = common.load_small(common.list_folder(folder, folder / "none"), torch.device("cpu"))
-    args = argparse.Namespace(precision="fp32", size=16, workers=0)
+    args = argparse.Namespace(precision="fp32", size=16, workers=0, seed=0)
     torch.manual_seed(0)
     net = common.resnet("resnet18")[0]
     h, y = common.features(net, data.train, torch.arange(47), args, torch.device("cpu"))

@@ -144,7 +144,7 @@ def test_files_and_memory_give_the_same_views_to_a_few_levels(folder, monkeypatc
     kept = [
         batch
         for batch, _ in zip(
-            common.view_batches(common.to_memory(files), args, cpu, 1, 5), range(4), strict=False
+            common.view_batches(common.to_memory(files, cpu), args, cpu, 1, 5), range(4), strict=False
         )
     ]
     streamed = list(common.view_batches(files, args, cpu, 1, 5))
