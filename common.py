@@ -1075,7 +1075,7 @@ class Run:
         with readable(f"--out {self.out}"):
             found = {path.name for path in self.out.iterdir()} if self.out.is_dir() else set()
             saved = json.loads((self.out / "args.json").read_text()) if "args.json" in found else None
-        if found - {".lock", *Job.FILES} and saved is None:
+        if found - {".lock", "job.json", "submit"} and saved is None:
             fail(f"--out {self.out} is neither empty nor a run directory: choose another")
         now = json.loads(json.dumps(vars(self.args)))
         was = now if saved is None else saved
@@ -1440,30 +1440,24 @@ def launch(main: Callable, get_args: Callable) -> None:
             raise SystemExit(1) from None
 
 
-class Job:
+def job_of(path: list[str], command: list[str], cpus: int) -> Callable:
     """What each task of a job runs: the command without the launch flags, as one rank. A job that comes back
-    runs it again, and it resumes. Pickled by value, since the run imports the common.py beside its script."""
+    runs it again, and it resumes. Pickled by value, as what a function makes: the common.py that the run
+    imports is the one beside its script."""
+    import submitit
 
-    FILES = {"job.json", "submit"}  # in a run directory
+    class Job(submitit.helpers.Checkpointable):
+        def __call__(self) -> None:
+            env, life = submitit.JobEnvironment(), int(os.environ.get("SLURM_RESTART_COUNT", 0))
+            env.paths.result_pickle.unlink(missing_ok=True)  # of an earlier life, whose port can linger, too
+            os.environ["MASTER_PORT"] = str(10000 + (16 * int(env.raw_job_id) + life) % 20000)
+            ranks = submitit.helpers.TorchDistributedEnvironment()
+            ranks.export(set_cuda_visible_devices=False, overwrite=True)
+            torch.set_num_threads(cpus)
+            sys.path[:0], sys.argv = path, command
+            runpy.run_path(command[0], run_name="__main__")
 
-    def __init__(self, path: list[str], command: list[str], cpus: int):
-        self.path, self.command, self.cpus = path, command, cpus
-
-    def __call__(self) -> None:
-        from submitit import JobEnvironment, helpers
-
-        env, life = JobEnvironment(), int(os.environ.get("SLURM_RESTART_COUNT", 0))
-        env.paths.result_pickle.unlink(missing_ok=True)  # of an earlier life, whose port can linger, too
-        os.environ["MASTER_PORT"] = str(10000 + (16 * int(env.raw_job_id) + life) % 20000)
-        helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
-        torch.set_num_threads(self.cpus)
-        sys.path[:0], sys.argv = self.path, self.command
-        runpy.run_path(self.command[0], run_name="__main__")
-
-    def checkpoint(self):
-        from submitit.helpers import DelayedSubmission
-
-        return DelayedSubmission(self)
+    return Job()
 
 
 def sweep_points(sweep: list[str], argv: list[str], get_args: Callable) -> tuple[Path, dict[str, list[str]]]:
@@ -1555,7 +1549,6 @@ def submit(asked: Args, argv: list[str], get_args: Callable) -> None:
     for out in (root / name for name in points):
         if (state := state_of(out)[0]) in ("waiting", "running"):
             fail(f"{out} is {state} already: choose another --out, or end that job")
-    import cloudpickle
     import submitit
 
     nodes, minutes = asked.nodes or 1, asked.minutes or 60
@@ -1568,7 +1561,6 @@ def submit(asked: Args, argv: list[str], get_args: Callable) -> None:
     options = {key.replace("-", "_"): value or True for key, _, value in options}
     folder = root.absolute() / "submit"
     made = next((path for path in [*reversed(folder.parents), folder] if not path.exists()), None)
-    cloudpickle.register_pickle_by_value(sys.modules[Job.__module__])
     lives = {f"{asked.submit}_max_num_timeout": 1000}
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -1587,7 +1579,7 @@ def submit(asked: Args, argv: list[str], get_args: Callable) -> None:
             jobs = []
             for name, flags in points.items():
                 command = [str(folder / script.name), *argv, *flags, "--out", str((root / name).absolute())]
-                jobs.append(executor.submit(Job([str(folder), str(script.parent)], command, share)))
+                jobs.append(executor.submit(job_of([str(folder), str(script.parent)], command, share)))
         for name, job in zip(points, jobs, strict=True):
             (root / name).mkdir(exist_ok=True)
             record = dict(cluster=asked.submit, job=job.job_id, log=str(job.paths.stdout))
