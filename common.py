@@ -1452,6 +1452,8 @@ def job_of(path: list[str], command: list[str], cpus: int) -> Callable:
             env.paths.result_pickle.unlink(missing_ok=True)  # of an earlier life, whose port can linger, too
             os.environ["MASTER_PORT"] = str(10000 + (16 * int(env.raw_job_id) + life) % 20000)
             ranks = submitit.helpers.TorchDistributedEnvironment()
+            if env.cluster == "local":
+                ranks.master_addr = "127.0.0.1"  # this machine's name need not resolve
             ranks.export(set_cuda_visible_devices=False, overwrite=True)
             torch.set_num_threads(cpus)
             sys.path[:0], sys.argv = path, command
