@@ -74,7 +74,7 @@ def readable(flag: str):
     """Within, or as a decorator: what cannot be read is an error of use of `flag`."""
     try:
         yield
-    except (OSError, ValueError) as error:  # of text and JSON
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         fail(f"{flag} cannot be read: {error}")
 
 
