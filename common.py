@@ -693,6 +693,7 @@ def crop_batches(split: Split, batches, views: list[View], args: Args, device: t
             yield epoch, index, split.labels[index], [images] * len(views), boxes
         return
     crops = Crops(split, views, args.seed, args.workers)
+    others = {*torch.multiprocessing.active_children()}
     loader = torch.utils.data.DataLoader(
         crops, batch_sampler=batches, collate_fn=tuple, num_workers=args.workers,
         worker_init_fn=_start_worker, pin_memory=device.type == "cuda", timeout=STALL if args.workers else 0,
@@ -705,7 +706,7 @@ def crop_batches(split: Split, batches, views: list[View], args: Args, device: t
         if "DataLoader" not in str(error):
             raise
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where the loader would protest
-        for worker in torch.multiprocessing.active_children():
+        for worker in {*torch.multiprocessing.active_children()} - others:
             worker.kill()
         paths = ", ".join(repr(split.path(i)) for i in crops.reading.tolist() if i >= 0)
         fail(f"{error}; last read, one of each worker: {paths}")
