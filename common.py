@@ -420,7 +420,7 @@ class Files(NamedTuple):
             data = bytearray(Path(self.path(i)).read_bytes())
             picture = Image.open(io.BytesIO(data))  # the header: a decompression bomb is refused
             if data.startswith(b"\xff\xd8"):  # a JPEG; torchvision's PNG decoder dies of a damaged file
-                with contextlib.suppress(RuntimeError):  # a kind that only Pillow reads
+                with contextlib.suppress(RuntimeError, AttributeError):  # Pillow reads all kinds, more slowly
                     bits = torch.frombuffer(data, dtype=torch.uint8)
                     return torchvision.io.decode_jpeg(bits, torchvision.io.ImageReadMode.RGB)
             wide = picture.mode.startswith("I;16")  # convert would clip it
@@ -1385,8 +1385,10 @@ class Run:
             first, last = 100 * self.knn[0][1], 100 * self.knn[-1][1]
             print(f"kNN accuracy: {first:.1f} % at initialisation, {last:.1f} % now")
         print(f"{self.out}: backbone.pth (torchvision's names), checkpoint.pt, log.jsonl, args.json")
+        data = self.args.data if self.data.test else "/path/to/labelled/images"
         print(f"next: tensorboard --logdir {self.out}")
-        print(f"      python {self.script.name} --data /path/to/images")
+        data = f" --data {data}" if data else ""
+        print(f"      python eval_linear.py --backbone {self.out}/backbone.pth{data}")
 
 
 def flatten(tree: dict, prefix: str = ""):
