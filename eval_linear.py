@@ -10,24 +10,23 @@
     ... --recipe sfrik-10            a published recipe; any flag overrides it
     ... --backbone random --arch resnet18     the floor; --backbone torchvision: the supervised ceiling
 
---data is what pretraining takes, with labels: a folder with train/ and val/ (or test/) of class folders, a
-torchvision data set by name, or nothing for the built-in images. --labels goes with every mode.
+--data is what pretraining takes, with labels; --labels goes with every mode. What is chosen is chosen on a
+tenth of the TRAINING images, held out by class and seed, never on test images. The probe trains a grid of
+learning rates and weight decays at once on the rest, and reports the chosen head as it is; with one --lr and
+one --wd nothing is held out, as in published protocols. --lbfgs fits again, on all training images, with the
+chosen penalty. --finetune and --knn choose nothing: numbers are those of the last epoch, where the official
+code of CorInfoMax and SFRIK reports the best epoch on test images.
 
-What is chosen is chosen on a tenth of the TRAINING images, held out by class and seed, never on test images.
-The probe trains the whole grid of (learning rate, weight decay) at once, as one batched head on one pass of
-features, on the other nine tenths; the chosen head is reported as it is, not trained again. With one --lr and
-one --wd nothing is held out: all images are trained on, as in published protocols. --lbfgs fits again, on all
-training images, with the chosen penalty. --finetune and --knn choose nothing: numbers are those of the last
-epoch, where the official code of CorInfoMax and SFRIK reports the best epoch on test images.
-
-Features are kept beside the backbone (features/) and made again when its weights, or the size and time of a
-file of the data, change. --out, by default beside the backbone too, holds results.jsonl (one line: the whole
-protocol), neighbours.png (test images, each with its nearest training images, right ones framed green),
-TensorBoard events, log.jsonl, and the checkpoint from which the same command resumes.
+--out, by default beside the backbone, holds results.jsonl (one line: the whole protocol), neighbours.png
+(test images, each with its nearest training images, right ones framed green), TensorBoard events, log.jsonl,
+and the checkpoint from which the same command resumes. Features are kept in features/ beside the backbone,
+and made again when its weights or the data (sizes and times of files) change.
 """
 
 import argparse
+import contextlib
 import hashlib
+import itertools
 import json
 import os
 import sys
@@ -38,13 +37,19 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import torchvision
+import torchvision.transforms.functional as TF
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import common
-from common import Data, Files, Pixels, fail, rank, world
+from common import Data, Files, Pixels, all_reduce, fail, number, rank, world
 
 # -------------------------------------------------------------------------------------- classifiers
+
+
+def share(x: Tensor) -> Tensor:
+    """This rank's rows of what every rank has."""
+    return x[rank() :: world()]
 
 
 class Heads(nn.Module):
@@ -73,20 +78,18 @@ class Heads(nn.Module):
         P = self(h).softmax(2)  # (n, G, C)
         loss = -P.gather(2, index).log().mean((0, 2))
         P.scatter_add_(2, index, P.new_full((), -1.0).expand(index.shape))
-        gradient = common.all_reduce(P.flatten(1).mT @ h).view_as(self.weight) / N
+        gradient = all_reduce(P.flatten(1).mT @ h).view_as(self.weight) / N
         self.velocity.mul_(0.9).add_(gradient).addcmul_(self.wd, self.weight)
-        self.bias_velocity.mul_(0.9).add_(common.all_reduce(P.sum(0)) / N)
+        self.bias_velocity.mul_(0.9).add_(all_reduce(P.sum(0)) / N)
         self.weight.addcmul_(self.velocity, self.lr, value=-factor)
         self.bias.addcmul_(self.bias_velocity, self.lr[:, :, 0], value=-factor)
         return loss
 
     def accuracy(self, h: Tensor, y: Tensor) -> Tensor:
         """Share of h (m, D), the same on every rank, that each head has right: (G,); 0 if it has diverged."""
-        mine = slice(rank(), None, world())
-        pairs = zip(h[mine].split(1024), y[mine].split(1024), strict=True)
+        pairs = zip(share(h).split(1024), share(y).split(1024), strict=True)
         right = sum((self(rows).argmax(2) == labels[:, None]).sum(0) for rows, labels in pairs)
-        share = common.all_reduce(right.double()) / len(h)
-        return share * self.weight.flatten(1).isfinite().all(1)
+        return all_reduce(right.double()) / len(h) * self.weight.flatten(1).isfinite().all(1)
 
 
 def middle_best(values: Tensor) -> int:
@@ -102,33 +105,29 @@ def fit_logistic(h: Tensor, y: Tensor, classes: int, penalty: float, start: Tens
     Ends where no entry of the gradient is above 1e-5, or after `rounds` of ten steps; returns (C, D + 1) and
     that entry. Fast where the columns of h are uncorrelated: their curvatures are scaled to be equal.
     """
-    N, square = common.all_reduce(torch.cat([h.new_tensor([len(h)]), h.square().sum(0)])).tensor_split([1])
+    N, square = all_reduce(torch.cat([h.new_tensor([len(h)]), h.square().sum(0)])).tensor_split([1])
     scale = torch.cat([(square / N / classes + penalty).rsqrt(), h.new_tensor([classes**0.5])])
-    V = start / scale
+    V = (start / scale).requires_grad_()
     optimizer = torch.optim.LBFGS(
         [V], max_iter=10, history_size=20, tolerance_grad=0, tolerance_change=0, line_search_fn="strong_wolfe"
     )
-    gradient = torch.empty_like(V)
 
     def closure() -> Tensor:
         W, b = (V * scale).tensor_split([-1], 1)
-        logp = torch.addmm(b[:, 0], h, W.mT).log_softmax(1)
-        P = logp.exp()
-        P[torch.arange(len(y), device=y.device), y] -= 1
-        sums = torch.cat([(P.mT @ h).flatten(), P.sum(0), -logp.gather(1, y[:, None]).sum(0)])
-        sums = common.all_reduce(sums) / N
-        gradient[:, :-1] = sums[: W.numel()].view_as(W) + penalty * W
-        gradient[:, -1] = sums[W.numel() : -1]
-        V.grad = gradient * scale
-        return sums[-1] + penalty / 2 * W.square().sum()
+        logits = F.linear(h, W.contiguous(), b[:, 0])  # of a slice, the backward takes 1.4 x the time
+        loss = F.cross_entropy(logits, y, reduction="sum") / N + penalty / 2 * W.square().sum() / world()
+        V.grad = all_reduce(torch.autograd.grad(loss, V)[0])
+        return all_reduce(loss.detach())
 
-    closure()
+    def largest() -> float:
+        closure()
+        return float((V.grad / scale).abs().max())
+
     for _ in range(rounds):
-        if gradient.abs().max() < 1e-5:
+        if largest() < 1e-5:
             break
         optimizer.step(closure)
-        closure()
-    return V * scale, float(gradient.abs().max())
+    return V.detach() * scale, largest()
 
 
 def nearest(h: Tensor, bank: Tensor, k: int, block: int = 65536) -> tuple[Tensor, Tensor]:
@@ -157,29 +156,25 @@ def accuracies(scores: Tensor, y: Tensor) -> dict[str, float]:
     hit = (top.indices == y[:, None]) & top.values.isfinite()
     counts = torch.stack([hit[:, 0], hit.any(1), torch.ones_like(hit[:, 0])]).double()
     counts = counts.new_zeros(3, scores.shape[1]).index_add_(1, y, counts)  # (3, C)
-    first, five, images = common.all_reduce(counts)
+    first, five, images = all_reduce(counts)
     found = first.sum() / images.sum(), five.sum() / images.sum(), (first / images)[images > 0].mean()
     return {name: 100 * float(x) for name, x in zip(("top1", "top5", "mean_per_class"), found, strict=True)}
 
 
 # ----------------------------------------------------------------------------------------- backbone
 
-ARCHS = """resnet18 resnet34 resnet50 resnet101 resnet152 wide_resnet50_2 wide_resnet101_2
-resnext50_32x4d resnext101_32x8d resnext101_64x4d""".split()
 WRAPPERS = {"state_dict", "model", "module", "backbone", "encoder", "encoder_q", "online", "average"}
 PROBE = "layer1.0.conv1.weight"
 
 
 def read_weights(path: str) -> dict[str, Tensor]:
-    """A ResNet's weights under torchvision's names, without fc, from any common checkpoint around it."""
+    """A ResNet's weights under torchvision's names, from any common checkpoint around it."""
     if not os.path.isfile(path):  # a pipe or a device would never end
         fail(f"--backbone {path}: no such file")
     try:
         if zipfile.is_zipfile(path) and (bad := zipfile.ZipFile(path).testzip()):
             raise ValueError(f"wrong checksum of {bad}")
         flat = dict(common.flatten(torch.load(path, map_location="cpu", weights_only=True)))
-    except OSError as error:
-        fail(f"--backbone {path} cannot be read: {error.strerror or error}")
     except Exception as error:  # damage, and pickles that would run code, have many names
         reason = str(error).strip().partition("\n")[0][:150]
         fail(f"--backbone {path} is no checkpoint of weights alone ({type(error).__name__}: {reason})")
@@ -188,45 +183,40 @@ def read_weights(path: str) -> dict[str, Tensor]:
     if not prefixes:
         fail(f"--backbone {path} holds no ResNet; its first keys: {', '.join([*flat][:3]) or 'none'}")
     prefix = min(prefixes, key=lambda p: ("average" not in p, len(p)))  # an average is for this
-    weights = {name[len(prefix) :]: value for name, value in flat.items() if name.startswith(prefix)}
-    return {name: value for name, value in weights.items() if not name.startswith("fc.")}
+    return {name[len(prefix) :]: value for name, value in flat.items() if name.startswith(prefix)}
 
 
 def shapes_of(weights: dict[str, Tensor]) -> set[tuple]:
-    """(name, shape) of all but the counters, which old checkpoints lack."""
-    return {(name, tuple(t.shape)) for name, t in weights.items() if not name.endswith("batches_tracked")}
+    """(name, shape) of all but the classifier, and the counters, which old checkpoints lack."""
+    kept = (name for name in weights if not name.startswith("fc.") and not name.endswith("batches_tracked"))
+    return {(name, tuple(weights[name].shape)) for name in kept}
 
 
 def load_backbone(args: argparse.Namespace) -> tuple[nn.Module, int]:
     """The network of --backbone and its number of features; sets args.arch, args.stem, args.backbone_hash."""
     if args.backbone in ("random", "torchvision"):
-        args.arch, args.stem = args.arch or "resnet50", args.stem or "imagenet"
-        net, width = common.resnet(args.arch, args.stem)
-        weights = net.state_dict()
-        if args.backbone == "torchvision":
-            try:
-                weights = torchvision.models.get_model(args.arch, weights="IMAGENET1K_V1").state_dict()
-            except (OSError, RuntimeError, ValueError) as error:
-                fail(f"--backbone torchvision: the weights of {args.arch} cannot be had ({error})")
-            weights = {name: value for name, value in weights.items() if not name.startswith("fc.")}
+        weights, arch, stem = {}, args.arch or "resnet50", args.stem or "imagenet"
     else:
-        weights, wrong = read_weights(args.backbone), {}
+        weights = read_weights(args.backbone)
         stem = "cifar" if weights.get("conv1.weight", torch.empty(7)).shape[-1] == 3 else "imagenet"
-        for arch in ARCHS:
-            with torch.device("meta"):
-                wrong[arch] = len(shapes_of(weights) ^ shapes_of(common.resnet(arch, stem)[0].state_dict()))
-            if not wrong[arch]:
-                break
-        arch = min(wrong, key=wrong.get)
-        for name, asked, read in (("arch", args.arch, arch), ("stem", args.stem, stem)):
-            if asked not in (None, read):
-                fail(f"--{name} {asked}: the weights in {args.backbone} are of {read}")
-        args.arch, args.stem = arch, stem
-        net, width = common.resnet(arch, stem)
-    if wrong := shapes_of(weights) ^ shapes_of(net.state_dict()):
+        with torch.device("meta"):
+            known = torchvision.models.list_models(torchvision.models, include="*resne*")
+            shapes = {name: shapes_of(common.resnet(name, stem)[0].state_dict()) for name in known}
+        arch = min(known, key=lambda name: len(shapes[name] ^ shapes_of(weights)))
+    for name, read in (("arch", arch), ("stem", stem)):
+        if getattr(args, name) not in (None, read):
+            fail(f"--{name} {getattr(args, name)}: the weights in {args.backbone} are of {read}")
+        setattr(args, name, read)
+    net, width = common.resnet(arch, stem)
+    if args.backbone == "torchvision":
+        try:
+            weights = torchvision.models.get_model(arch, weights="IMAGENET1K_V1").state_dict()
+        except (OSError, RuntimeError, ValueError) as error:
+            fail(f"--backbone torchvision: the weights of {arch} cannot be had ({error})")
+    if weights and (wrong := shapes_of(weights) ^ shapes_of(net.state_dict())):
         keys = ", ".join(sorted({name for name, _ in wrong})[:3])
-        fail(f"--backbone {args.backbone} does not fit {args.arch} with stem {args.stem}, first in {keys}")
-    net.load_state_dict(weights, strict=False)  # nothing is missing but counters
+        fail(f"--backbone {args.backbone} does not fit {arch} with stem {stem}, first in {keys}")
+    net.load_state_dict(weights, strict=False)  # nothing is missing but counters, nothing is over but fc
     args.backbone_hash = digest(*(t for _, t in sorted(net.state_dict().items()) if t.is_floating_point()))
     return net, width
 
@@ -243,15 +233,12 @@ def digest(*parts: Tensor) -> str:
 LABELLED, HELD_OUT = -5, -6  # uniforms of common.uniform that choose images, beside its own choices
 
 
-def stratified(labels: Tensor, share: float, seed: int, choice: int) -> Tensor:
-    """True for `share` of each class, rounded, at least one image: (n,). The same for a seed."""
-    u = common.uniform(seed, 0, torch.arange(len(labels)), choice)
-    order = u.argsort()
-    order = order[labels[order].argsort(stable=True)]  # by class, in each by u
-    count = labels.bincount()
-    place = torch.empty_like(labels)
-    place[order] = torch.arange(len(labels)) - (count.cumsum(0) - count)[labels[order]]
-    return place < (count * share).round().clamp(min=1)[labels]
+def stratified(labels: Tensor, part: float, seed: int, choice: int) -> Tensor:
+    """True for `part` of each class, rounded, at least one image: (n,). The same for a seed."""
+    order = common.uniform(seed, 0, torch.arange(len(labels)), choice).argsort()
+    classes = order[labels[order].argsort(stable=True)].split(labels.bincount().tolist())
+    chosen = torch.cat([rows[: max(1, round(len(rows) * part))] for rows in classes])
+    return torch.zeros(len(labels), dtype=torch.bool).index_fill_(0, chosen, True)
 
 
 def part(split: Pixels | Files, rows: Tensor) -> Pixels | Files:
@@ -274,49 +261,42 @@ def fingerprint(split: Pixels | Files) -> str:
 @common.readable("--data")
 def open_labelled(args: argparse.Namespace) -> Data:
     """--data, whose training and test images have the same classes, two or more; the images with a label."""
-    root = Path(args.data or "")
-    if args.data and os.path.isdir(root) and args.data.partition(":")[0] not in common.NAMED_DATA:
-        folders = [root / "train", *(root / name for name in ("val", "test") if (root / name).is_dir())]
-        if len(folders) < 2:
-            fail(f"--data {root} has no val/ or test/: there is nothing to evaluate on")
-        for folder in folders[:2]:
-            if not folder.is_dir() or not any(path.is_dir() for path in folder.iterdir()):
-                fail(f"--data {root} is unlabelled: {folder} is no folder of class folders")
+    if args.data and args.data.partition(":")[0] not in common.NAMED_DATA and os.path.isdir(args.data):
+        root = Path(args.data)
+        for folder in (root / "train", root / ("val" if (root / "val").is_dir() else "test")):
+            if not any(path.is_dir() for path in folder.glob("*")):
+                fail(f"--data {root} is unlabelled, or has no val/ or test/: no class folders in {folder}")
     data = common.open_data(argparse.Namespace(data=args.data, batch_size=1), Path(os.devnull))
     train, test = (part(s, (s.labels >= 0).nonzero()[:, 0]) if (s.labels < 0).any() else s for s in data[:2])
     known, tested = set(train.labels.tolist()), set(test.labels.tolist())
-    if known != tested:
-        names = [data.classes[c] if data.classes else str(c) for c in sorted(known ^ tested)]
-        fail(f"--data {args.data}: {len(names)} classes are not in both splits: {', '.join(names[:3])}")
+    classes = data.classes or [str(c) for c in range(max(known | tested) + 1)]
+    if wrong := [classes[c] for c in sorted(known ^ tested)]:
+        fail(f"--data {args.data}: {len(wrong)} classes are not in both splits: {', '.join(wrong[:3])}")
     if len(known) < 2:
         fail(f"--data {args.data} has one class only: there is nothing to tell apart")
-    return Data(train, test, data.classes or [str(c) for c in range(max(known) + 1)])
+    return Data(train, test, classes)
 
 
 @common.readable("--labels")
 def choose_labels(train: Pixels | Files, labels: str, seed: int) -> Pixels | Files:
     """--labels: that many per cent of each class, or the files of a list (names, or class/name)."""
-    try:
-        percent = float(labels)
-    except ValueError:
-        percent = 0.0
+    percent = float(labels) if labels.replace(".", "", 1).isdecimal() else 0.0
     if 0 < percent <= 100:
         return part(train, stratified(train.labels, percent / 100, seed, LABELLED).nonzero()[:, 0])
-    if not os.path.isfile(labels):
-        fail(f"--labels {labels}: neither a percentage above 0, at most 100, nor a file with a list")
-    if isinstance(train, Pixels):
-        fail(f"--labels {labels}: a list names files, and these images are not in files")
+    text = Path(labels).read_text() if os.path.isfile(labels) and isinstance(train, Files) else ""
+    names = list(dict.fromkeys(filter(None, map(str.strip, text.splitlines()))))
+    if not names:
+        fail(
+            f"--labels {labels}: neither a percentage above 0, at most 100, nor a list of the files of --data"
+        )
     row_of = {}
     for i in range(len(train.labels)):
         path = Path(train.path(i))
         for name in (path.name, f"{path.parent.name}/{path.name}"):
             row_of[name] = -1 if name in row_of else i
-    names = list(dict.fromkeys(filter(None, map(str.strip, Path(labels).read_text().splitlines()))))
     if missing := [name for name in names if row_of.get(name, -1) < 0]:
         shown = ", ".join(missing[:3])
         fail(f"--labels {labels}: {len(missing)} of {len(names)} are missing, or there twice: {shown}")
-    if not names:
-        fail(f"--labels {labels} names no files")
     return part(train, torch.tensor([row_of[name] for name in names]))
 
 
@@ -324,20 +304,19 @@ def choose_labels(train: Pixels | Files, labels: str, seed: int) -> Pixels | Fil
 
 # fmt: off
 GRID = dict(lr=[x * 10.0**e for e in range(-3, 2) for x in (1, 2, 5)], wd=[0.0, 1e-6, 1e-4])  # 45 heads
-MODES = {  # each with its flags and their defaults
+MODES = {  # each with the flags that are only for some, and their defaults
     "linear": dict(epochs=100, batch_size=256, **GRID),
     "cached": dict(epochs=20, batch_size=256, **GRID),
     "knn": dict(k=[10, 20, 100, 200]),
     "lbfgs": dict(),
     "finetune": dict(epochs=20, batch_size=256, lr=[0.1], lr_backbone=0.01, wd=[0.0], schedule="cosine"),
 }
-_SEMI = dict(mode="finetune", epochs=20, batch_size=256, wd=[0.0])
-RECIPES = {  # the official commands
-    "sfrik-linear": dict(mode="linear", epochs=100, batch_size=256, lr=[0.4], wd=[1e-6]),
-    "sfrik-1": dict(_SEMI, labels="1", lr_backbone=0.004, lr=[1.0], schedule="cosine"),
-    "sfrik-10": dict(_SEMI, labels="10", lr_backbone=0.02, lr=[0.1], schedule="cosine"),
-    "corinfomax-1": dict(_SEMI, labels="1", lr_backbone=0.005, lr=[10.0], schedule="step"),
-    "corinfomax-10": dict(_SEMI, labels="10", lr_backbone=0.005, lr=[20.0], schedule="step"),
+RECIPES = {  # the official commands, where they differ from the mode's defaults
+    "sfrik-linear": dict(mode="linear", lr=[0.4], wd=[1e-6]),
+    "sfrik-1": dict(mode="finetune", labels="1", lr_backbone=0.004, lr=[1.0]),
+    "sfrik-10": dict(mode="finetune", labels="10", lr_backbone=0.02, lr=[0.1]),
+    "corinfomax-1": dict(mode="finetune", labels="1", lr_backbone=0.005, lr=[10.0], schedule="step"),
+    "corinfomax-10": dict(mode="finetune", labels="10", lr_backbone=0.005, lr=[20.0], schedule="step"),
 }
 PENALTIES = torch.logspace(1, -7, 45, dtype=torch.float64).tolist()  # of features of mean square norm 1
 common.VIEWS["crop and flip"] = (common.View((0.08, 1), (0, 0, 0, 0), 0.0, gray=0.0),)
@@ -345,7 +324,6 @@ common.VIEWS["crop and flip"] = (common.View((0.08, 1), (0, 0, 0, 0), 0.0, gray=
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Arguments from argv (default: the command line), over the recipe's, over the mode's defaults."""
-    number = common.number
     parser = common.Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -363,8 +341,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         f":/where/it/lies: {', '.join(common.NAMED_DATA)}; left out: built-in drawings")
     add("--out", help="directory of this evaluation; the same command again resumes")
     add("--features", help="directory of kept features (default: features/ beside the backbone)")
-    add("--size", type=number(int, 12, 1024), help="side of the views, pixels (default: as in "
-        "args.json beside the backbone, or of small images, or 224)")
+    add("--size", type=number(int, 12, 1024), help="pixels (default: as in pretraining, or of small images, "
+        "or 224)")
     add("--projector", action="store_true", help="test features with thumbnails for TensorBoard's projector")
     add("--seed", type=number(int, 0, 2**62), default=0, help="of held-out and labelled images, order, views")
     add("--workers", type=number(int, 0, 1024), default=min(16, os.cpu_count()), help="a rank, to decode")
@@ -382,22 +360,21 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         "head falls to 1/10, of the backbone to 1/5 (CorInfoMax)")
     add("--k", type=number(int, 1), nargs="+", help="neighbours")
     args = parser.parse_args(argv)
-    recipe = RECIPES.get(args.recipe, {})
-    args.mode = args.mode or recipe.get("mode", "linear")
-    for name in {name for flags in MODES.values() for name in flags} - MODES[args.mode].keys():
-        if getattr(args, name) is not None:
-            fail(f"--{name.replace('_', '-')} has no meaning for {args.mode}")
-    for name, value in {**MODES[args.mode], **recipe}.items():
-        setattr(args, name, value if getattr(args, name, None) is None else getattr(args, name))
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    given = {"mode": "linear", **RECIPES.get(args.recipe, {}), **given}
+    special = {name for flags in MODES.values() for name in flags}
+    if wrong := sorted(special & given.keys() - MODES[given["mode"]].keys()):
+        fail(f"--{wrong[0].replace('_', '-')} has no meaning for {given['mode']}")
+    args = argparse.Namespace(**{**vars(args), **MODES[given["mode"]], **given})
     if args.mode == "finetune" and len(args.lr) * len(args.wd) > 1:
         fail("--finetune takes one --lr and one --wd: it trains one network")
     args.precision = args.precision or common.default_precision(args.device)
-    source = Path(args.backbone) if os.path.exists(args.backbone) else None
-    home = source.parent if source else Path("runs", f"{args.backbone}-{args.arch or 'resnet50'}")
-    name = (args.data or "drawings").partition(":")[0]
+    there = os.path.exists(args.backbone)
+    home = Path(args.backbone).parent if there else Path("runs", f"{args.backbone}-{args.arch or 'resnet50'}")
+    name = Path((args.data or "drawings").partition(":")[0]).name
     labels = f"-labels-{Path(args.labels).name}" if args.labels else ""
-    args.out = args.out or str(home / f"eval-{args.mode}-{Path(name).name}{labels}")
-    args.features = args.features or str((home if source else Path(args.out)) / "features")
+    args.out = args.out or str(home / f"eval-{args.mode}-{name}{labels}")
+    args.features = args.features or str((home if there else Path(args.out)) / "features")
     return argparse.Namespace(**vars(args), views="crop and flip", local_crops=0, knn_every=1, compile=False)
 # fmt: on
 
@@ -407,105 +384,95 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 class Evaluation(common.Run):
     """An evaluation: what a run has (directory, lock, log, checkpoints, signals), and features.
 
-    Errors of use are raised when it is made, before anything is written. fit, held: what is trained and what
-    is chosen on, as rows of `train`; test: the test images. `open` makes the directory.
+    Errors of use are raised when it is made, before anything is written; `open` makes the directory.
+    fit, held: what is trained and what is chosen on, as rows of the training images.
     """
 
     FREE = common.Run.FREE | {"features", "projector"}
 
     def __init__(self, args: argparse.Namespace):
-        self.args, self.script, self.out, self.begun = args, Path(__file__), Path(args.out), time.monotonic()
-        batch = getattr(args, "batch_size", None) or 2 * world()
+        self.args, self.script, self.out = args, Path(__file__), Path(args.out)
+        self.kept, self.seconds, self.lapped = {}, {}, time.monotonic()
+        batch = args.batch_size or 2 * world()  # kNN and L-BFGS have none
         self.device = common.start_ranks(argparse.Namespace(**{**vars(args), "batch_size": batch}))
         torch.manual_seed(args.seed)
         net, self.width = load_backbone(args)
-        data = open_labelled(args)
-        self.train = choose_labels(data.train, args.labels, args.seed) if args.labels else data.train
-        self.test, self.classes = data.test, data.classes
+        self.train, self.test, self.classes = open_labelled(args)
+        if args.labels:
+            self.train = choose_labels(self.train, args.labels, args.seed)
         args.size = args.size or default_size(args.backbone, self.test)
-        self.keys = dict(train=fingerprint(self.train), test=fingerprint(self.test))
-        args.data_hash = self.keys["train"][:8] + self.keys["test"][:8]
-        n, held = len(self.train.labels), torch.zeros(len(self.train.labels), dtype=torch.bool)
-        self.points = [(lr, wd) for lr in args.lr or () for wd in args.wd or ()]
+        labels = self.train.labels
+        n, held = len(labels), torch.zeros(len(labels), dtype=torch.bool)
+        self.points = list(itertools.product(args.lr or (), args.wd or ()))
         if args.mode == "lbfgs" or len(self.points) > 1:
-            alone = self.train.labels.bincount()[self.train.labels] < 2
-            held = stratified(self.train.labels, 0.1, args.seed, HELD_OUT) & ~alone
+            alone = labels.bincount()[labels] < 2
+            held = stratified(labels, 0.1, args.seed, HELD_OUT) & ~alone
             if not held.any():
                 fail(f"{n} training images, one a class, leave none to choose on: give one --lr and one --wd")
         self.fit, self.held = (~held).nonzero()[:, 0], held.nonzero()[:, 0]
-        if len(self.fit) < batch:
-            fail(f"--batch-size {batch} is more than the {len(self.fit)} images to train on")
-        if args.k and max(args.k) > n:
-            fail(f"--k {max(args.k)} is more than the {n} images of the bank")
+        flag, asked = ("k", max(args.k)) if args.k else ("batch-size", batch)
+        if asked > len(self.fit):
+            fail(f"--{flag} {asked} is more than the {len(self.fit)} images to train on")
+        self.keys = dict(train=fingerprint(self.train), test=fingerprint(self.test))
+        args.data_hash = self.keys["train"][:8] + self.keys["test"][:8]
         self._check_directory()
         self.data = Data(self.train, None, self.classes)
         if args.mode in ("linear", "finetune"):
             self.data = common.load_small(Data(part(self.train, self.fit), None, self.classes), self.device)
         self.epoch_steps = max(1, len(self.data.train.labels) // batch)
         self.step, self.stop, self.total = 0, 0, (args.epochs or 0) * self.epoch_steps
-        self.kept, self.seconds = {}, {}
         self.net = common.prepare(net, args, self.device)
+        self.lap("loading")
 
-    def extract(self, split: Pixels | Files, name: str) -> tuple[Tensor, Tensor]:
-        """Features (m, D) of centre crops and labels (m,) on every rank's device; from disk, if there."""
-        begun, key = time.monotonic(), self.keys.get(name) or fingerprint(split)
-        path = Path(self.args.features) / f"{name}-{key}-{self.args.size}-{self.args.precision}.pt"
-        try:
+    def lap(self, name: str) -> None:
+        """The seconds since the last lap, under this name in results.jsonl."""
+        self.seconds[name] = round(time.monotonic() - self.lapped, 2)
+        self.lapped = time.monotonic()
+
+    def features(self, split: Pixels | Files, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (m, D) of centre crops of these images and labels (m,), on every rank's device."""
+        parts = tqdm(rows.split(4096), "features", disable=rank() > 0 or len(rows) < 4 * 4096)
+        found = [common.features(self.net, split, i, self.args, self.device, unit=False) for i in parts]
+        h, y = (torch.cat(t) for t in zip(*found, strict=True))
+        return h, y
+
+    def extract(self, name: str) -> tuple[Tensor, Tensor]:
+        """`features` of all images of a split, for the rest of the evaluation; from disk, if there."""
+        kept = f"{name}-{self.keys[name]}-{self.args.size}-{self.args.precision}.pt"
+        split, path, fresh = getattr(self, name), Path(self.args.features) / kept, False
+        with contextlib.suppress(Exception):  # not there, or damaged
             saved = torch.load(path, map_location=self.device, weights_only=True)
             fresh = saved["backbone"] == self.args.backbone_hash
-        except Exception:  # not there, or damaged
-            fresh = False
-        if common.all_reduce(torch.tensor(float(fresh), device=self.device)) < world():
-            rows = torch.arange(len(split.labels)).split(4096)
-            shown = tqdm(rows, f"features of {name}", disable=rank() > 0 or len(rows) < 4)
-            found = [common.features(self.net, split, i, self.args, self.device, unit=False) for i in shown]
-            h, y = (torch.cat(t) for t in zip(*found, strict=True))
+        if all_reduce(torch.tensor(float(fresh), device=self.device)) < world():
+            h, y = self.features(split, torch.arange(len(split.labels)))
             saved = dict(backbone=self.args.backbone_hash, h=h, y=y)
             if rank() == 0:
-                self._keep(path, dict(saved, h=h.cpu(), y=y.cpu()))
-        self.seconds[f"features of {name}"] = round(time.monotonic() - begun, 2)
+                try:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    torch.save(dict(saved, h=h.cpu(), y=y.cpu()), path.with_suffix(f".{os.getpid()}"))
+                    os.replace(path.with_suffix(f".{os.getpid()}"), path)
+                except (OSError, RuntimeError) as error:
+                    print(f"features are not kept: {path} cannot be written ({error})", file=sys.stderr)
+        self.lap(f"features of {name}")
         self.kept[name] = saved["h"], saved["y"]
         return self.kept[name]
 
-    def features_of(self, split: Pixels | Files) -> tuple[Tensor, Tensor]:
-        """L2-normalised features (m, D) and labels (m,) of all of its images, made now."""
-        return common.features(self.net, split, torch.arange(len(split.labels)), self.args, self.device)
-
-    def _keep(self, path: Path, saved: dict) -> None:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(saved, path.with_suffix(f".{os.getpid()}"))
-            os.replace(path.with_suffix(f".{os.getpid()}"), path)
-        except (OSError, RuntimeError) as error:
-            print(f"features are not kept: {path} cannot be written ({error})", file=sys.stderr)
-
     def batches(self):
+        """Views; or with --cached features, as the only view."""
         if self.args.mode != "cached":
-            yield from super().batches()
-            return
-        order = common.Batches(len(self.h_fit), self.args.batch_size, self.args.seed, self.step, self.total)
-        for _, index in order:
-            index = index.to(self.device)
-            yield [self.h_fit[index]], self.y_fit[index]
-
-    def _show(self, xs: list[Tensor]) -> None:
-        if self.args.mode != "cached":
-            super()._show(xs)
+            return super().batches()
+        h, y = self.fit_features
+        order = common.Batches(len(h), self.args.batch_size, self.args.seed, self.step, self.total)
+        return (([h[i]], y[i]) for _, i in order)
 
     def evaluate(self) -> None:
         """At the end of epochs: the accuracy of every head on held-out images."""
-        if self.step and len(self.held) and self.args.mode in ("linear", "cached"):
-            self.held_out = self.heads.accuracy(*self.held_features)
-            named = zip(self.points, (100 * self.held_out).tolist(), strict=True)
-            best = float(100 * self.held_out.max())
-            self.record(self.step, best=best, **{f"held_out/lr {lr:g} wd {wd:g}": x for (lr, wd), x in named})
-            self.bar.set_postfix_str(f"best held-out {best:.2f} %", refresh=False)
-
-    def _summary(self) -> None:
-        pass
-
-    def _check_state(self, state: dict) -> None:
-        pass  # heads at rates that are too high diverge: they lose
+        if self.step and len(self.held):
+            found = (100 * self.heads.accuracy(*self.held_features)).tolist()
+            pairs = zip(self.points, found, strict=True)
+            named = {f"held_out/lr {lr:g} wd {wd:g}": x for (lr, wd), x in pairs}
+            self.record(self.step, best=max(found), **named)
+            self.bar.set_postfix_str(f"best held-out {max(found):.2f} %", refresh=False)
 
     def watch(self, loss: Tensor, factor: float) -> None:
         """A record every --log-every steps."""
@@ -514,6 +481,8 @@ class Evaluation(common.Run):
             if not (least := float(loss.nan_to_num(torch.inf).min())) < torch.inf:
                 fail(f"step {self.step}: the loss is not finite; the last checkpoint in {self.out} is kept")
             self.record(done, loss=least, rate=factor)
+
+    _check_state = _show = _summary = lambda *_: None  # heads at rates that are too high diverge: they lose
 
 
 def default_size(backbone: str, split: Pixels | Files) -> int:
@@ -526,21 +495,20 @@ def default_size(backbone: str, split: Pixels | Files) -> int:
     return side if 12 <= side <= common.MEMORY_SIDE else 224
 
 
-def probe(run: Evaluation) -> dict:
+def probe(run: Evaluation) -> tuple[dict, dict[str, Tensor]]:
     """The linear probe, on random crops or on kept features."""
     args, cached = run.args, run.args.mode == "cached"
-    lr, wd = zip(*run.points, strict=True)
-    peaks = [x * args.batch_size / 256 for x in lr]
-    run.heads = Heads(peaks, wd, len(run.classes), run.width).to(run.device)
+    lr, wd = zip(*((lr * args.batch_size / 256, wd) for lr, wd in run.points), strict=True)
+    run.heads = Heads(lr, wd, len(run.classes), run.width).to(run.device)
     run.EXPORT = "heads.pth"
     run.open(run.heads, dict(heads=run.heads))
     net = run.net.eval().requires_grad_(False)
     if cached:
-        h, y = run.extract(run.train, "train")
-        run.h_fit, run.y_fit, run.held_features = h[run.fit], y[run.fit], (h[run.held], y[run.held])
+        h, y = run.extract("train")
+        run.fit_features, run.held_features = (h[run.fit], y[run.fit]), (h[run.held], y[run.held])
     elif len(run.held):
-        run.held_features = run.extract(part(run.train, run.held), "held-out")
-    begun = time.monotonic()
+        run.held_features = run.features(run.train, run.held)
+        run.lap("features of held-out")
 
     for step, (x,), y in run.steps():
         factor = common.warmup_cosine(step, 0, run.total)
@@ -548,147 +516,134 @@ def probe(run: Evaluation) -> dict:
             h = x if cached else net(x)
         run.watch(run.heads.step(h.float(), y, factor), factor)
 
-    run.seconds["heads" if cached else "training"] = round(time.monotonic() - begun, 2)
+    run.lap("heads" if cached else "training")
     chosen, found = 0, {}
     if len(run.held):
-        run.held_out = run.heads.accuracy(*run.held_features)
-        chosen = middle_best(run.held_out)
-        values = (100 * run.held_out).tolist()
+        accuracy = run.heads.accuracy(*run.held_features)
+        chosen, values = middle_best(accuracy), (100 * accuracy).tolist()
         found["grid"] = [dict(lr=a, wd=b, held_out=x) for (a, b), x in zip(run.points, values, strict=True)]
-    h, y = run.extract(run.test, "test")
-    mine = slice(rank(), None, world())
-    scores = torch.cat([run.heads(rows)[:, chosen] for rows in h[mine].split(1024)])
-    name = f"lr {run.points[chosen][0]:g}, wd {run.points[chosen][1]:g}"
-    return dict(found, chosen=name, results={name: accuracies(scores, y[mine])})
+    h, _ = run.extract("test")
+    found["chosen"] = "lr {:g}, wd {:g}".format(*run.points[chosen])
+    return found, {found["chosen"]: F.linear(share(h), run.heads.weight[chosen], run.heads.bias[chosen])}
 
 
-def logistic(run: Evaluation) -> dict:
+def logistic(run: Evaluation) -> tuple[dict, dict[str, Tensor]]:
     """L-BFGS along the penalties, strong to weak; the best on held-out images is fitted to all of them."""
     run.open(run.net, {})
-    (h, y), (h_test, y_test) = run.extract(run.train, "train"), run.extract(run.test, "test")
-    begun, C, D, grid = time.monotonic(), len(run.classes), run.width, []
+    (h, y), (h_test, _) = run.extract("train"), run.extract("test")
     mean = h.double().mean(0)
     h, h_test = (x.double() - mean for x in (h, h_test))
     axes = torch.linalg.eigh(h.mT @ h)[1]  # features along them are uncorrelated, and |W| is the same
     norm = h.square().sum(1).mean().sqrt()  # so that a penalty means the same for every backbone
     h, h_test = (x @ axes / norm for x in (h, h_test))
-    share, weight = lambda rows: rows[rank() :: world()], h.new_zeros(C, D + 1)
-    fit, held = share(run.fit), share(run.held)
-    score = lambda x: x @ weight[:, :-1].mT + weight[:, -1]
+    score = lambda h, weight: h @ weight[:, :-1].mT + weight[:, -1]
+    fit, held, C, grid = share(run.fit), share(run.held), len(run.classes), []
+    weights = [h.new_zeros(C, run.width + 1)]
     for penalty in tqdm(PENALTIES, "penalties", disable=rank() > 0):
-        weight, gradient = fit_logistic(h[fit], y[fit], C, penalty, weight, rounds=20)
-        found = accuracies(score(h[held]), y[held])["top1"]
-        grid.append(dict(penalty=penalty, held_out=found, gradient=gradient, weight=weight))
-    best = max(grid, key=lambda point: point["held_out"])
-    penalty, start = best["penalty"], best["weight"]
-    weight, gradient = fit_logistic(share(h), share(y), C, penalty, start)
-    run.seconds["fits"] = round(time.monotonic() - begun, 2)
-    for point in grid:
-        del point["weight"]
-    name = f"penalty {penalty:.3g}"
-    results = {name: accuracies(score(share(h_test)), share(y_test))}
-    return dict(grid=grid, chosen=name, gradient=gradient, results=results)
+        weight, gradient = fit_logistic(h[fit], y[fit], C, penalty, weights[-1], rounds=20)
+        top1 = accuracies(score(h[held], weight), y[held])["top1"]
+        grid.append(dict(penalty=penalty, held_out=top1, gradient=gradient))
+        weights.append(weight)
+        run.record(len(grid), held_out=top1)
+    penalty, start = max(zip(grid, weights[1:], strict=True), key=lambda pair: pair[0]["held_out"])
+    weight, gradient = fit_logistic(share(h), share(y), C, penalty["penalty"], start)
+    run.lap("fits")
+    chosen = f"penalty {penalty['penalty']:.3g}"
+    return dict(grid=grid, chosen=chosen, gradient=gradient), {chosen: score(share(h_test), weight)}
 
 
-def knn(run: Evaluation) -> dict:
+def knn(run: Evaluation) -> tuple[dict, dict[str, Tensor]]:
     """The vote of the k nearest, each rank for its share of the test images."""
     run.open(run.net, {})
-    (bank, labels), (h, y) = run.extract(run.train, "train"), run.extract(run.test, "test")
-    begun, mine, found = time.monotonic(), slice(rank(), None, world()), {}
-    similarity, at = nearest(h[mine], bank, max(run.args.k))
-    for k in sorted(run.args.k):
-        votes = knn_votes(similarity[:, :k], labels[at[:, :k]], len(run.classes))
-        found[f"k = {k}"] = accuracies(votes, y[mine])
-    run.seconds["search"] = round(time.monotonic() - begun, 2)
-    return dict(temperature=0.07, results=found)
+    (bank, labels), (h, _) = run.extract("train"), run.extract("test")
+    similarity, at = nearest(share(h), bank, max(run.args.k))
+    votes = lambda k: knn_votes(similarity[:, :k], labels[at[:, :k]], len(run.classes))
+    scores = {f"k = {k}": votes(k) for k in sorted(run.args.k)}
+    run.lap("search")
+    return dict(temperature=0.07), scores
 
 
-def finetune(run: Evaluation) -> dict:
+def finetune(run: Evaluation) -> tuple[dict, dict[str, Tensor]]:
     """All weights, backbone and classifier at rates of their own; exported under torchvision's names."""
     args, net = run.args, run.net
-    net.fc = nn.Linear(run.width, len(run.classes)).to(run.device, next(net.parameters()).dtype)
-    nn.init.normal_(net.fc.weight, std=0.01)
-    nn.init.zeros_(net.fc.bias)
-    body = [p for name, p in net.named_parameters() if not name.startswith("fc.")]
-    groups = [dict(params=body), dict(params=[*net.fc.parameters()])]
+    head = nn.Linear(run.width, len(run.classes)).to(run.device, next(net.parameters()).dtype)
+    nn.init.normal_(head.weight, std=0.01)
+    nn.init.zeros_(head.bias)
+    parts = (
+        (net, args.lr_backbone, 0.2),
+        (head, args.lr[0], 0.1),
+    )  # with peak rates, and for --schedule step
+    groups = [dict(params=[*part.parameters()], peak=lr, fall=fall) for part, lr, fall in parts]
+    net.fc = head
     optimizer = torch.optim.SGD(groups, 0.0, momentum=0.9, weight_decay=args.wd[0])
-    peaks = [rate * args.batch_size / 256 for rate in (args.lr_backbone, args.lr[0])]
     model = common.parallel(net, args, run.device)
     run.EXPORT = "finetuned.pth"
     run.open(net, dict(model=net, optimizer=optimizer))
-    begun = time.monotonic()
 
     for step, (x,), y in run.steps():
-        quarter = 4 * step // run.total
-        factors = [common.warmup_cosine(step, 0, run.total)] * 2
-        factors = [0.2**quarter, 0.1**quarter] if args.schedule == "step" else factors
-        for group, peak, factor in zip(optimizer.param_groups, peaks, factors, strict=True):
-            group["lr"] = peak * factor
+        cosine = common.warmup_cosine(step, 0, run.total)
+        for group in optimizer.param_groups:
+            factor = group["fall"] ** (4 * step // run.total) if args.schedule == "step" else cosine
+            group["lr"] = group["peak"] * args.batch_size / 256 * factor
         with common.autocast(args, run.device):
             logits = model(x)
         loss = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), y)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        run.watch(loss.detach(), factors[1])
+        run.watch(loss.detach(), factor)
 
-    run.seconds["training"] = round(time.monotonic() - begun, 2)
-    rows = torch.arange(len(run.test.labels))
-    logits, y = common.features(net, run.test, rows, args, run.device, unit=False)
-    net.fc = nn.Identity()  # from here on, features
-    mine = slice(rank(), None, world())
-    return dict(results={"last epoch": accuracies(logits[mine], y[mine])})
+    run.lap("training")
+    net.fc = nn.Identity()
+    h, _ = run.kept["test"] = run.features(run.test, torch.arange(len(run.test.labels)))
+    return {}, {"last epoch": head(share(h).to(head.weight.dtype))}
 
 
 # ------------------------------------------------------------------------------------------- report
 
 
-def thumbnails(split: Pixels | Files, rows: list[int], side: int) -> Tensor:
-    """Centre squares (n, 3, side, side) in [0, 1]."""
-    images = [split.images[i].cpu() if isinstance(split, Pixels) else split.read(i) for i in rows]
-    images = [torch.zeros(3, side, side).byte() if image is None else image for image in images]
-    sizes = (torch.tensor([image.shape[1:]]).unbind(1) for image in images)
-    boxes = (common.centre_boxes(h, w, max(h, w)) for h, w in sizes)
-    return torch.cat([common.crop(x[None], box, side) for x, box in zip(images, boxes, strict=True)])
-
-
-def spread(split: Pixels | Files, most: int) -> Pixels | Files:
-    """At most that many of the images, evenly spread."""
+def spread(split: Pixels | Files, most: int) -> Tensor:
+    """At most that many rows of the images, evenly spread."""
     n = len(split.labels)
-    return part(split, torch.arange(min(n, most)) * n // min(n, most))
+    return torch.arange(min(n, most)) * n // min(n, most)
+
+
+def thumbnails(split: Pixels | Files, rows: Tensor, side: int) -> Tensor:
+    """Centre squares (n, 3, side, side) in [0, 1]; black where an image cannot be read."""
+    images = [split.images[i].cpu() if isinstance(split, Pixels) else split.read(i) for i in rows.tolist()]
+    images = [torch.zeros(3, side, side).byte() if image is None else image for image in images]
+    return torch.stack([TF.center_crop(TF.resize(image, [side]), [side]) for image in images]) / 255
 
 
 def neighbour_sheet(run: Evaluation, queries: int = 12, k: int = 9, side: int = 64) -> Tensor:
     """A row for each of some test images, then its nearest training images (of 10,000, where features are not
     kept), framed green where the class is right and red where it is wrong: (3, H, W) uint8."""
-    test, bank = spread(run.test, queries), run.train if "train" in run.kept else spread(run.train, 10_000)
-    (h, y), (h_bank, y_bank) = run.features_of(test), run.kept.get("train") or run.features_of(bank)
-    _, at = nearest(h, h_bank, k)
-    right = (y_bank[at] == y[:, None]).cpu()
-    green, red, blue = torch.tensor([[0.1, 0.7, 0.2], [0.9, 0.1, 0.1], [0.2, 0.3, 1]])[:, :, None, None]
-    tiles = []
-    for i, mine in enumerate(at.cpu().tolist()):
-        row = torch.cat([thumbnails(test, [i], side), thumbnails(bank, mine, side)])
-        colours = [blue, *(green if ok else red for ok in right[i])]
-        for image, colour in zip(row, colours, strict=True):
-            tiles.append(colour.expand(3, side + 8, side + 8).clone())
-            tiles[-1][:, 4:-4, 4:-4] = image
-    sheet = torchvision.utils.make_grid(torch.stack(tiles), nrow=1 + at.shape[1], padding=2, pad_value=1.0)
+    rows, bank = spread(run.test, queries), torch.arange(len(run.train.labels))
+    if "train" not in run.kept:
+        bank = spread(run.train, 10_000)
+        run.kept["train"] = run.features(run.train, bank)
+    (h, y), (h_bank, y_bank) = run.kept["test"], run.kept["train"]
+    at = nearest(h[rows], h_bank, k)[1]
+    kind = F.pad((y_bank[at] == y[rows, None]).long(), (1, 0), value=2).flatten().cpu()
+    frames = torch.tensor([[0.9, 0.1, 0.1], [0.1, 0.7, 0.2], [0.2, 0.3, 1.0]])[kind]
+    tiles = frames[:, :, None, None].repeat(1, 1, side + 8, side + 8)
+    found = thumbnails(run.train, bank[at.flatten().cpu()], side).view(len(rows), -1, 3, side, side)
+    found = torch.cat([thumbnails(run.test, rows, side)[:, None], found], 1)
+    tiles[:, :, 4:-4, 4:-4] = found.flatten(0, 1)
+    sheet = torchvision.utils.make_grid(tiles, nrow=found.shape[1], padding=2, pad_value=1.0)
     return (sheet * 255).round().byte()
 
 
 def show(record: dict) -> None:
     """The table on the terminal."""
-    rows = {}
-    for point in record.get("grid", []):
-        rows.setdefault(point.get("lr", point.get("penalty")), []).append(point)
-    if rows:
-        print(f"top-1 on {record['images']['held_out']} held-out training images, %")
-        heads = [f"wd {point['wd']:g}" for point in next(iter(rows.values())) if "wd" in point]
-        print(f"{'lr' if heads else 'penalty':>10} " + " ".join(f"{head:>9}" for head in heads))
-    for value, points in rows.items():
-        print(f"{value:10.3g} " + " ".join(f"{point['held_out']:9.2f}" for point in points))
-    print(f"{record['mode']}, {record['images']['test']} test images, %     top-1     top-5   mean per class")
+    grid, images = record.get("grid"), record["images"]
+    if grid:
+        name = "lr" if "lr" in grid[0] else "penalty"
+        print(f"top-1 on {images['held_out']} held-out training images, %")
+        print(f"{name:>10}", *(f"{f'wd {wd:g}':>9}" for wd in record["args"]["wd"] or ()))
+        for value, points in itertools.groupby(grid, lambda point: point[name]):
+            print(f"{value:10.3g}", *(f"{point['held_out']:9.2f}" for point in points))
+    print(f"{record['mode']}, {images['test']} test images, %     top-1     top-5   mean per class")
     for name, found in record["results"].items():
         print(f"{name:>30}{found['top1']:14.2f}{found['top5']:10.2f}{found['mean_per_class']:14.2f}")
 
@@ -697,51 +652,42 @@ def main(args: argparse.Namespace) -> None:
     run = Evaluation(args)
     kept = run.out / "results.jsonl"
     if kept.exists() and not args.projector:
-        return show(json.loads(kept.read_text().splitlines()[-1])) if rank() == 0 else None
+        return show(json.loads(kept.read_text())) if rank() == 0 else None
     modes = dict(linear=probe, cached=probe, knn=knn, lbfgs=logistic, finetune=finetune)
-    found = modes[args.mode](run)
-    sheet, projected = neighbour_sheet(run), None
-    if args.projector:
-        some = spread(run.test, 2000)
-        projected = *run.features_of(some), thumbnails(some, range(len(some.labels)), 32)
-    if rank() == 0:
-        report(run, found, sheet, projected, new=not kept.exists())
-    common.barrier()
-
-
-def report(run: Evaluation, found: dict, sheet: Tensor, projected: tuple | None, new: bool) -> None:
-    """Table, results.jsonl, neighbours.png, TensorBoard."""
-    args = run.args
-    trained = len(run.train.labels if args.mode in ("knn", "lbfgs") else run.fit)
+    found, scores = modes[args.mode](run)
+    results = {name: accuracies(values, share(run.kept["test"][1])) for name, values in scores.items()}
+    sheet, (h, y) = neighbour_sheet(run), run.kept["test"]
+    if rank() > 0:
+        return common.barrier()
+    train, test = run.train.labels, run.test.labels
+    trained = len(train if args.mode == "lbfgs" else run.fit)
     crops = "crops of 8 to 100 % of the area, flip" if args.mode in ("linear", "finetune") else "centre crop"
-    images = dict(train=len(run.train.labels), trained_on=trained, held_out=len(run.held))
     record = dict(
-        mode=args.mode, top1=max(r["top1"] for r in found["results"].values()),
-        backbone=args.backbone, data=args.data or "built-in drawings", **found,
-        images=dict(images, test=len(run.test.labels)), classes=len(run.classes),
+        mode=args.mode, top1=max(found["top1"] for found in results.values()),
+        backbone=args.backbone, data=args.data or "built-in drawings", **found, results=results,
+        images=dict(train=len(train), trained_on=trained, held_out=len(run.held), test=len(test)),
+        classes=len(run.classes),
         views=dict(training=crops, test="centre crop", size=args.size),
         chosen_on="held-out training images" if len(run.held) else "nothing was chosen",
         reported="fitted again on all training images" if args.mode == "lbfgs" else "as trained",
-        ranks=world(), seconds=dict(run.seconds, all=round(time.monotonic() - run.begun, 2)),
+        ranks=world(), seconds=dict(run.seconds, all=round(sum(run.seconds.values()), 2)),
         versions=dict(torch=torch.__version__, torchvision=torchvision.__version__, python=sys.version),
         args=vars(args),
     )  # fmt: skip
     show(record)
     run._write("neighbours.png", lambda file: file.write(torchvision.io.encode_png(sheet).numpy().tobytes()))
     run.board.add_image("neighbours", sheet)
-    for i, (name, values) in enumerate(found["results"].items()):
-        for metric, value in values.items():
-            run.board.add_scalar(f"test/{metric}", value, int(name[4:]) if name.startswith("k = ") else i)
-    for i, point in enumerate(found.get("grid", []) if args.mode == "lbfgs" else []):
-        run.board.add_scalar("held_out/by penalty", point["held_out"], i)
-    if projected:
-        h, y, images = projected
-        run.board.add_embedding(h, [run.classes[c] for c in y.tolist()], images, tag="test")
+    for name, metric in itertools.product(results, ("top1", "top5", "mean_per_class")):
+        run.board.add_scalar(f"test {metric}/{name}", results[name][metric], run.total)
+    if args.projector:
+        rows = spread(run.test, 2000)
+        names = [run.classes[c] for c in y[rows].tolist()]
+        run.board.add_embedding(h[rows], names, thumbnails(run.test, rows, 32), tag="test")
     run.board.close()
-    if new:
-        with open(run.out / "results.jsonl", "a") as file:
-            file.write(json.dumps(record) + "\n")
+    if not kept.exists():
+        run._write(kept.name, lambda file: file.write(json.dumps(record).encode() + b"\n"))
     print(f"{run.out}: results.jsonl, neighbours.png, log.jsonl; next: tensorboard --logdir {run.out}")
+    common.barrier()
 
 
 if __name__ == "__main__":

@@ -375,7 +375,7 @@ BAD = {
     "classes only in train": (["--data", "{three}"], "1 classes are not in both splits: c"),
     "classes only in val": (["--data", "{extra}"], "no class folder of train/: c"),
     "one class": (["--data", "{one}"], "one class only"),
-    "no such backbone": (["--backbone", "/no/such.pth"], "No such file"),
+    "no such backbone": (["--backbone", "/no/such.pth"], "no such file"),
     "a backbone that is text": (["--backbone", "{text}"], "no checkpoint"),
     "a backbone that runs code": (["--backbone", "{bomb}"], "no checkpoint"),
     "a backbone that is another network": (["--backbone", "{other}"], "features.0.weight"),
