@@ -60,36 +60,36 @@ class Heads(nn.Module):
     def __init__(self, lr: list[float], wd: list[float], classes: int, width: int):
         super().__init__()
         for name, values in (("lr", lr), ("wd", wd)):
-            self.register_buffer(name, torch.tensor(values).view(-1, 1, 1), persistent=False)
+            self.register_buffer(name, torch.tensor(values), persistent=False)
         for name in ("weight", "velocity"):
-            self.register_buffer(name, torch.zeros(len(lr), classes, width))
+            self.register_buffer(name, torch.zeros(classes, len(lr), width))
         for name in ("bias", "bias_velocity"):
-            self.register_buffer(name, torch.zeros(len(lr), classes))
+            self.register_buffer(name, torch.zeros(classes, len(lr)))
 
     def forward(self, h: Tensor) -> Tensor:
-        """Logits (n, G, C) of features h (n, D)."""
+        """Logits (n, C, G) of features h (n, D); classes come first since a softmax of the last is slow."""
         logits = torch.addmm(self.bias.flatten(), h, self.weight.flatten(0, 1).mT)
         return logits.view(len(h), *self.bias.shape)
 
     def step(self, h: Tensor, y: Tensor, factor: float) -> Tensor:
         """One step at `factor` times the peak rates on this rank's rows, h (n, D) and y (n,), of the global
         batch. The mean loss of each head on them: (G,)."""
-        N, index = len(h) * world(), y.view(-1, 1, 1).expand(-1, len(self.bias), 1)
-        P = self(h).softmax(2)  # (n, G, C)
-        loss = -P.gather(2, index).log().mean((0, 2))
-        P.scatter_add_(2, index, P.new_full((), -1.0).expand(index.shape))
+        N, index = len(h) * world(), y.view(-1, 1, 1).expand(-1, 1, len(self.lr))
+        P = self(h).softmax(1)  # (n, C, G)
+        loss = -P.gather(1, index).log().mean((0, 1))
+        P.scatter_add_(1, index, P.new_full((), -1.0).expand(index.shape))
         gradient = all_reduce(P.flatten(1).mT @ h).view_as(self.weight) / N
-        self.velocity.mul_(0.9).add_(gradient).addcmul_(self.wd, self.weight)
+        self.velocity.mul_(0.9).add_(gradient).addcmul_(self.wd[:, None], self.weight)
         self.bias_velocity.mul_(0.9).add_(all_reduce(P.sum(0)) / N)
-        self.weight.addcmul_(self.velocity, self.lr, value=-factor)
-        self.bias.addcmul_(self.bias_velocity, self.lr[:, :, 0], value=-factor)
+        self.weight.addcmul_(self.velocity, self.lr[:, None], value=-factor)
+        self.bias.addcmul_(self.bias_velocity, self.lr, value=-factor)
         return loss
 
     def accuracy(self, h: Tensor, y: Tensor) -> Tensor:
         """Share of h (m, D), the same on every rank, that each head has right: (G,); 0 if it has diverged."""
         pairs = zip(share(h).split(1024), share(y).split(1024), strict=True)
-        right = sum((self(rows).argmax(2) == labels[:, None]).sum(0) for rows, labels in pairs)
-        return all_reduce(right.double()) / len(h) * self.weight.flatten(1).isfinite().all(1)
+        right = sum((self(rows).argmax(1) == labels[:, None]).sum(0) for rows, labels in pairs)
+        return all_reduce(right.double()) / len(h) * self.weight.isfinite().all(2).all(0)
 
 
 def middle_best(values: Tensor) -> int:
@@ -524,7 +524,8 @@ def probe(run: Evaluation) -> tuple[dict, dict[str, Tensor]]:
         found["grid"] = [dict(lr=a, wd=b, held_out=x) for (a, b), x in zip(run.points, values, strict=True)]
     h, _ = run.extract("test")
     found["chosen"] = "lr {:g}, wd {:g}".format(*run.points[chosen])
-    return found, {found["chosen"]: F.linear(share(h), run.heads.weight[chosen], run.heads.bias[chosen])}
+    weight, bias = run.heads.weight[:, chosen], run.heads.bias[:, chosen]
+    return found, {found["chosen"]: F.linear(share(h), weight, bias)}
 
 
 def logistic(run: Evaluation) -> tuple[dict, dict[str, Tensor]]:
@@ -569,10 +570,7 @@ def finetune(run: Evaluation) -> tuple[dict, dict[str, Tensor]]:
     head = nn.Linear(run.width, len(run.classes)).to(run.device, next(net.parameters()).dtype)
     nn.init.normal_(head.weight, std=0.01)
     nn.init.zeros_(head.bias)
-    parts = (
-        (net, args.lr_backbone, 0.2),
-        (head, args.lr[0], 0.1),
-    )  # with peak rates, and for --schedule step
+    parts = (net, args.lr_backbone, 0.2), (head, args.lr[0], 0.1)  # peak rates; falls of --schedule step
     groups = [dict(params=[*part.parameters()], peak=lr, fall=fall) for part, lr, fall in parts]
     net.fc = head
     optimizer = torch.optim.SGD(groups, 0.0, momentum=0.9, weight_decay=args.wd[0])

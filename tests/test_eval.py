@@ -51,7 +51,7 @@ def train_heads(steps=30, n=24):
         h, y = problem(n + 4 * step)
         mine = slice(common.rank() * len(h) // common.world(), (common.rank() + 1) * len(h) // common.world())
         heads.step(h[mine], y[mine], common.warmup_cosine(step, 0, steps))
-    return torch.cat([heads.weight, heads.bias[:, :, None]], 2)
+    return torch.cat([heads.weight, heads.bias[:, :, None]], 2).transpose(0, 1)
 
 
 def test_heads_trained_at_once_are_those_trained_one_at_a_time(on_ranks):
@@ -78,11 +78,11 @@ def test_heads_that_diverge_are_never_chosen_and_losses_are_cross_entropies():
     heads = ev.Heads([0.1, 0.1], [0.0, 0.0], 4, 6)
     assert heads.step(h, y, 1.0).tolist() == pytest.approx([torch.tensor(4.0).log().item()] * 2)
     assert torch.allclose(
-        heads.step(h, y, 0.0)[1], F.cross_entropy(h @ heads.weight[1].mT + heads.bias[1], y)
+        heads.step(h, y, 0.0)[1], F.cross_entropy(h @ heads.weight[:, 1].mT + heads.bias[:, 1], y)
     )
     heads.weight[0, 0, 0] = torch.nan
     accuracy = heads.accuracy(h, y)
-    right = ((h @ heads.weight[1].mT + heads.bias[1]).argmax(1) == y).double().mean()
+    right = ((h @ heads.weight[:, 1].mT + heads.bias[:, 1]).argmax(1) == y).double().mean()
     assert accuracy[0] == 0 and accuracy[1] == right > 0.3
 
 
