@@ -416,9 +416,9 @@ class Evaluation(common.Run):
         self.keys = dict(train=fingerprint(self.train), test=fingerprint(self.test))
         args.data_hash = self.keys["train"][:8] + self.keys["test"][:8]
         self._check_directory()
-        self.data = Data(self.train, None, self.classes)
+        self.data = Data(part(self.train, self.fit), None, self.classes)
         if args.mode in ("linear", "finetune"):
-            self.data = common.load_small(Data(part(self.train, self.fit), None, self.classes), self.device)
+            self.data = common.load_small(self.data, self.device)
         self.epoch_steps = max(1, len(self.data.train.labels) // batch)
         self.step, self.stop, self.total = 0, 0, (args.epochs or 0) * self.epoch_steps
         self.net = common.prepare(net, args, self.device)

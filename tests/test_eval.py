@@ -288,6 +288,9 @@ def test_what_an_evaluation_leaves_and_says_when_started_again(mode, tmp_path, f
     assert {"seed", "data_hash", "backbone_hash", "arch", "stem", "size"} <= record["args"].keys()
     for values in record["results"].values():
         assert 0 <= values["top1"] <= values["top5"] == 100 and f"{values['top1']:.2f}" in text
+    if "--epochs" in MODES[mode]:  # of what is trained on, not of what is held out
+        steps = 2 * (images["trained_on"] // record["args"]["batch_size"])
+        assert steps == json.loads((tmp_path / "out" / "log.jsonl").read_text().splitlines()[-1])["step"]
     grid = dict(linear=45, cached=45, labels=45, lbfgs=45).get(mode, 0)
     assert len(record.get("grid", [])) == grid
     sheet = torchvision.io.read_image(str(tmp_path / "out" / "neighbours.png"))
