@@ -1647,8 +1647,10 @@ def state_of(out: Path) -> tuple[str, str]:
     if word or locked(out) or (job.get("cluster") == "local" and "submitit" in text_of(process)):
         return "running", ""
     text = text_of(job.get("log", ""))
-    if ("steps" in last and last["step"] == last["steps"]) or "Job completed successfully" in text:
-        return "done", ""  # the latter is submitit's word, for scripts that log no steps
+    if (out / "results.jsonl").exists() or ("steps" in last and last["step"] == last["steps"]):
+        return "done", ""
+    if "Job completed successfully" in text:  # submitit's word, for scripts that log no steps
+        return "done", ""
     if not job:
         return "stopped", ""
     if job["cluster"] == "slurm" and queue() is None:
@@ -1660,12 +1662,15 @@ def state_of(out: Path) -> tuple[str, str]:
 
 
 def table(runs: list[str], by: str) -> None:
-    """Prints a line for each run below `runs`: what differs, state, step, loss, kNN and linear accuracy."""
+    """Prints a line for each run below `runs`: what differs, state, step, loss, kNN and linear accuracy.
+
+    Evaluations inside a run have no line of their own: their best linear accuracy is the run's.
+    """
     found = {
         path.parent for top in runs for kind in ("args", "job") for path in Path(top).rglob(f"{kind}.json")
     }
     args, values, rows = {}, {}, []
-    for out in sorted(found):
+    for out in sorted(out for out in found if out.parent not in found):
         swept = (item.split("=") for item in out.name.split(",") if item.count("=") == 1)
         args[out] = {name.replace("-", "_"): value for name, value in swept}  # of a run that never began
         args[out].update(json_of(text_of(out / "args.json")))

@@ -661,7 +661,7 @@ def main(args: argparse.Namespace) -> None:
     trained = len(train if args.mode == "lbfgs" else run.fit)
     crops = "crops of 8 to 100 % of the area, flip" if args.mode in ("linear", "finetune") else "centre crop"
     record = dict(
-        mode=args.mode, top1=max(found["top1"] for found in results.values()),
+        mode=args.mode, top1=next(iter(results.values()))["top1"],
         backbone=args.backbone, data=args.data or "built-in drawings", **found, results=results,
         images=dict(train=len(train), trained_on=trained, held_out=len(run.held), test=len(test)),
         classes=len(run.classes),

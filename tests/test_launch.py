@@ -231,6 +231,7 @@ def test_the_table_says_what_differs_and_how_each_run_stands(tmp_path, capsys, m
 
     whole = run("whole", 0.1, 8, knn=0.5)
     (whole / "linear").mkdir()
+    (whole / "linear" / "args.json").write_text("{}")  # an evaluation within: no row
     results = [dict(mode="linear", top1=61.0), dict(mode="knn", top1=90.0), dict(mode="linear", top1=60.0)]
     (whole / "linear" / "results.jsonl").write_text("\n".join(map(json.dumps, results)))
     better = run("better", 0.2, 8, knn=0.7, local_crops=2)
