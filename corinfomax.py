@@ -6,11 +6,12 @@ Log-determinant mutual information between the two views; its approximation is t
 
 with a mean and covariance per view that are recursive over batches, of L2-normalised embeddings:
 
-    mu <- lam_mu mu + (1 - lam_mu) mean(z),     R <- lam_R R + (1 - lam_R) (z - mu)^T (z - mu) / N     (with
-    the new mu)
+    mu <- lam_mu mu + (1 - lam_mu) mean(z)
+    R <- lam_R R + (1 - lam_R) (z - mu)^T (z - mu) / N          (with the new mu)
 
-and, with --objective ldmi, what it approximates: L = -2/d (logdet(R1 + eps I) - logdet(R1 - R12 (R2 + eps
-I)^-1 R12^T + eps I)).
+and, with --objective ldmi, what it approximates:
+
+    L = -2/d (logdet(R1 + eps I) - logdet(R1 - R12 (R2 + eps I)^-1 R12^T + eps I))
 
 Ozsoy, Hamdan, Arik, Yuret, Erdogan, NeurIPS 2022, arXiv 2209.07999. Official code:
 serdarozsoy/corinfomax-ssl.
@@ -34,8 +35,7 @@ import common
 
 
 class CorInfoMax(nn.Module):
-    """The loss with its state: mu (2, d), R (2, d, d) of the views and R12 (d, d), float64, the same on every
-    rank.
+    """The loss with its state, float64, the same on every rank: mu (2, d), R (2, d, d), R12 (d, d).
 
     A call in training mode moves the state; gradient flows through this batch's share of it alone.
     """
@@ -70,8 +70,7 @@ class CorInfoMax(nn.Module):
         return loss, {name: term.detach() for name, term in terms.items()}
 
     def moment(self, x: Tensor, y: Tensor, mean: Tensor, mu: Tensor, N: int) -> Tensor:
-        """(x - mu_x)^T (y - mu_y) / N over all ranks, from sums that are the same on each: x, y (..., n,
-        d)."""
+        """(x - mu_x)^T (y - mu_y) / N of x, y (..., n, d), over all ranks."""
         (m1, m2), (mu1, mu2) = (mean, mu) if x.ndim == 2 else ((mean, mean), (mu, mu))
         outer = lambda a, b: a.unsqueeze(-1) * b.unsqueeze(-2)
         raw = common.all_reduce(x.mT @ y) / N
