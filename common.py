@@ -873,13 +873,16 @@ def all_reduce(x: Tensor) -> Tensor:
     return _AllReduce.apply(x, True) if dist.is_initialized() else x
 
 
+GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"  # renamed
+
+
 @torch.no_grad()
 def all_gather(x: Tensor) -> Tensor:
     """Rows of all ranks in rank order, (W n, ...), without gradient; x (n, ...), the same n everywhere."""
     if not dist.is_initialized():
         return x.detach()
     out = x.new_empty(world() * len(x), *x.shape[1:])
-    dist.all_gather_into_tensor(out, x.contiguous())
+    getattr(dist, GATHER)(out, x.contiguous())
     return out
 
 

@@ -346,7 +346,7 @@ def training_step(table, options, module, flags, views=False):
 
     def begin(self, evaluate, width, **state):
         self.probe, self.model = common.Probe(width, 10, args, self.device), state["online"]
-        self.frozen = state.get("target")
+        self.frozen, self.pending, self.step = state.get("target"), None, 1  # a step that logs nothing
 
     def steps(self):
         generator = torch.Generator().manual_seed(0)
@@ -421,7 +421,7 @@ def on_rank(rank, world, port, n, d, queue):
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     moved, found = [0], {}
-    for name in ("all_reduce", "all_gather_into_tensor"):
+    for name in ("all_reduce", common.GATHER):
         original = getattr(dist, name)
 
         def counted(x, *rest, original=original):

@@ -114,7 +114,7 @@ def costs(n, d):
     }
     moved, found, in_place = [0], [], {torch.ops.aten.addmm_: lambda c, a, b, **_: 2 * a[0] * a[1] * b[1]}
     names, count = (
-        ("all_reduce", "all_gather_into_tensor"),
+        ("all_reduce", common.GATHER),
         lambda x: moved.__setitem__(0, moved[0] + x.numel()),
     )
     originals = [getattr(dist, name) for name in names]
