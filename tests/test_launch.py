@@ -311,9 +311,8 @@ def test_slurm_refuses_in_a_sentence_what_it_cannot_run(slurm, tmp_path, monkeyp
         assert not tree(tmp_path)
 
 
-def test_four_ranks_on_two_nodes_are_torchruns_and_one_process(slurm, tmp_path):
-    """Three steps on the built-in images."""
-    flags = [*RUN, "--batch-size", "1600", "--optimizer", "sgd", "--lr", "1e-3", "--out"]
+def test_four_ranks_on_two_nodes_are_torchruns_and_one_process(slurm, tmp_path, folder):
+    flags = [*RUN, "--data", folder, "--out"]
     cluster = ["--submit", "slurm", "--nodes", "2", "--tasks", "2"]
     done, jobs = submitted("hsic.py", *flags, tmp_path / "slurm", *cluster)
     assert script("hsic.py", *flags, tmp_path / "one").returncode == 0
