@@ -21,12 +21,14 @@ rows of the Gram matrix against detached columns: one gather forward, nothing ba
 import argparse
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import common
 
 # ----------------------------------------------------------------------------------------- the loss
+
+
+BLOCK = 2**20  # numbers of the Gram matrix at a time
 
 
 def legendre(t: Tensor, d: int, order: int) -> list[Tensor]:
@@ -37,24 +39,34 @@ def legendre(t: Tensor, d: int, order: int) -> list[Tensor]:
     return P
 
 
-def mmd2(z: Tensor, b, kernel="legendre", log=False, tau=2.0) -> Tensor:
+def phi_of(t: Tensor, d: int, b, kernel: str, tau: float) -> Tensor:
+    if kernel == "legendre":
+        return sum(weight * P for weight, P in zip(b, legendre(t, d, len(b))[1:], strict=True))
+    return torch.exp(-2 * tau * (1 - t)) if kernel == "rbf" else t.square()
+
+
+def mmd2(z: Tensor, b, kernel="legendre", log=False, tau=2.0, grad: Tensor | None = None) -> Tensor:
     """MMD^2 of normalised z (n, d) over all ranks; with log, the logarithm of the mean over pairs i != j.
 
-    Own rows against detached columns give half of the gradient, by symmetry: it is doubled.
+    Leaves its gradient in grad (n, d), times W since DDP divides by W. Own rows against detached columns give
+    half of it, by symmetry. A block of rows at a time, while its part of the Gram matrix is at hand.
     """
-    t = z @ common.all_gather(z).mT  # (n, N)
-    N = t.shape[1]
-    if kernel == "legendre":
-        P = legendre(t, z.shape[1], len(b))
-        phi = sum(weight * P[l] for l, weight in enumerate(b, 1))
-    else:
-        phi = torch.exp(-2 * tau * (1 - t)) if kernel == "rbf" else t.square()
-    total = common.all_reduce(phi.sum())
-    total = 2 * total - total.detach()
-    if not log:
-        return total / N**2
-    itself = common.all_reduce(phi.detach()[:, common.rank() * len(z) :].diagonal().sum())
-    return ((total - itself) / (N * (N - 1))).log()
+    columns, sums = common.all_gather(z), z.new_zeros(2)  # over all pairs; over i = j
+    (n, d), N = z.shape, len(columns)
+    for first in range(0, n, size := max(1, BLOCK // N)):
+        rows = slice(first, first + size)
+        t = (z[rows] @ columns.mT).requires_grad_()  # (size, N)
+        with torch.enable_grad():
+            phi = phi_of(t, d, b, kernel, tau)
+            total = phi.sum()
+        if grad is not None:
+            torch.mm(*torch.autograd.grad(total, t), columns, out=grad[rows])
+        itself = phi.detach()[:, common.rank() * n + first :].diagonal().sum()
+        sums += torch.stack([total.detach(), itself])
+    total, itself = common.all_reduce(sums)
+    if grad is not None:
+        grad *= 2 * common.world() / (total - itself if log else N**2)
+    return ((total - itself) / (N * (N - 1))).log() if log else total / N**2
 
 
 def mmd_sphere_loss(
@@ -65,13 +77,36 @@ def mmd_sphere_loss(
     With v > 2 views: invariance over all pairs of a global view, zs[:2], with another; MMD of the global
     views.
     """
-    v, n, d = zs.shape
-    z = [F.normalize(view, dim=1) for view in zs.unbind()]  # (n, d) each
-    mmd = (mmd2(z[0], b, kernel, log, tau) + mmd2(z[1], b, kernel, log, tau)) / 2
-    near = 2 * F.mse_loss(z[0], z[1], reduction="sum")  # as the pairs (0, 1) and (1, 0)
-    near = near + sum(F.mse_loss(z[g], z[o], reduction="sum") for g in (0, 1) for o in range(2, v))
-    invariance = common.all_reduce(near) / (2 * (v - 1) * n * common.world() * d)
-    return alpha * invariance + mmd, dict(invariance=invariance.detach(), mmd=mmd.detach())
+    loss, invariance, mmd = Loss.apply(zs, alpha, (b, kernel, log, tau))
+    return loss, dict(invariance=invariance, mmd=mmd)
+
+
+class Loss(torch.autograd.Function):
+    """The gradient is computed with the value, in place: of size (v, n, d) there are only z and itself."""
+
+    @staticmethod
+    def forward(ctx, zs: Tensor, alpha: float, kernel: tuple) -> tuple[Tensor, Tensor, Tensor]:
+        v, n, d = zs.shape
+        norm = zs.norm(dim=2, keepdim=True).clamp(min=1e-12)
+        z, grad = zs / norm, torch.zeros_like(zs)
+        mmd = (mmd2(z[0], *kernel, grad[0]) + mmd2(z[1], *kernel, grad[1])) / 2
+        grad /= 2
+        near, mean = z.new_zeros(()), 1 / (2 * (v - 1) * n * d)
+        for g, o, times in [(0, 1, 2)] + [(g, o, 1) for g in (0, 1) for o in range(2, v)]:
+            apart = z[g] - z[o]  # times 2: as the pairs (0, 1) and (1, 0)
+            near += times * mean * apart.norm().square()
+            grad[g].add_(apart, alpha=2 * alpha * times * mean)
+            grad[o].sub_(apart, alpha=2 * alpha * times * mean)
+        invariance = common.all_reduce(near) / common.world()
+        along = torch.einsum("vnd,vnd->vn", grad, z)[:, :, None]
+        grad.addcmul_(z, along, value=-1).div_(norm)  # through the normalisation
+        ctx.save_for_backward(grad)
+        ctx.mark_non_differentiable(invariance, mmd)
+        return alpha * invariance + mmd, invariance, mmd
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, *_):
+        return grad * ctx.saved_tensors[0], None, None
 
 
 # ------------------------------------------------------------------------------------------ recipes
