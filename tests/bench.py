@@ -6,13 +6,15 @@
 
 Sections: (a) input pipeline, (b) augmentation, (c) losses against plain transcriptions of the official
 formulas, (d) the training step against the network alone, (e) communication on gloo, (f) LARS against SGD,
-(g) what 8 and 64 H200 need at least, on paper.
+(g) what 8 and 64 H200 need at least, on paper, (h) memory by micro-batch.
 """
 
 import argparse
 import contextlib
 import ctypes
 import gc
+import io
+import itertools
 import json
 import math
 import os
@@ -329,8 +331,9 @@ def sweeps(table, options, full):
     sweep += [(method, 512, d) for method in METHODS for d in sizes]
     for method, N, d in sweep:
         here = sides_of(method, N, d, options.device)["here"]
-        times = alternate(dict(here=here), 3, options.device)["here"]
-        table.add(f"{method}, N = {N}, d = {d}", statistics.median(times), "s")
+        table.add(
+            f"{method}, N = {N}, d = {d}", alternate(dict(here=here), 1, options.device)["here"][0], "s"
+        )
 
 
 # ------------------------------------------------------------------------------------------ (d): steps
@@ -388,6 +391,8 @@ def training_step(table, options, module, flags, views=False):
         module.main(args)
     finally:
         common.Run.begin, common.Run.steps, common.open_data = old
+    if not options.rounds:  # for its memory
+        return peak.MiB
     found = {name: values[2:] for name, values in found.items()}
     extra = found["views"] if views else [0.0] * options.rounds
     rows = zip(found["step"], found["network"], extra, strict=True)
@@ -404,12 +409,34 @@ def steps(table, options):
     table.title("(d) a training step, views ready to parameters updated")
     for module in (hsic, corinfomax, music, mmd_sphere):
         training_step(table, options, module, [*small, "256"])
-    for batch, micro in (("512", "0"), ("256", "64"), ("512", "64"), ("512", "128")):
-        training_step(table, options, hsic, [*small, batch, "--micro-batch", micro])
+    for micro in ("0", "128"):
+        training_step(table, options, hsic, [*small, "512", "--micro-batch", micro])
     if options.device.type == "cuda":
         table.title("(d) a training step of ResNet-50 at 224 pixels, augmentation included")
         for module in (hsic, corinfomax, music, mmd_sphere):
             training_step(table, options, module, ["--recipe", "imagenet", "--batch-size", "256"], views=True)
+
+
+def alone(queue, options, flags):
+    with contextlib.redirect_stdout(io.StringIO()):
+        queue.put(training_step(Table(), options, hsic, flags))
+
+
+def micro_batches(table, options):
+    """Each in a process of its own, whose allocator gives back at once what is freed."""
+    table.title("(h) memory that a step adds, by batch and micro-batch; ResNet-18, 96 pixels")
+    context, options = torch.multiprocessing.get_context("spawn"), argparse.Namespace(**vars(options))
+    options.rounds = 0
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
+    for batch, micro in itertools.product((64, 128), (0, 16, 32)):
+        flags = f"--recipe cifar10 --stem imagenet --size 96 --batch-size {batch} --micro-batch {micro}"
+        queue = context.SimpleQueue()
+        process = context.Process(target=alone, args=(queue, options, flags.split()))
+        process.start()
+        what = f"hsic, batch {batch}" + f" in parts of {micro}" * bool(micro)
+        table.add(f"{what}: added memory", queue.get(), "MiB")
+        process.join()
+    del os.environ["MALLOC_MMAP_THRESHOLD_"]
 
 
 # ---------------------------------------------------------------------------------- (e): communication
@@ -550,7 +577,14 @@ def on_paper(table, options):
 
 
 SECTIONS = dict(
-    a=input_pipeline, b=augmentation, c=losses, d=steps, e=communication, f=optimizers, g=on_paper
+    a=input_pipeline,
+    b=augmentation,
+    c=losses,
+    d=steps,
+    e=communication,
+    f=optimizers,
+    g=on_paper,
+    h=micro_batches,
 )
 
 
