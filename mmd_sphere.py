@@ -14,7 +14,7 @@ Zheng, Puy, Riccietti, Perez, Gribonval, ICLR 2023, arXiv 2208.00789. Official c
     python mmd_sphere.py                                            built-in images, minutes on a CPU
     torchrun --nproc_per_node 8 mmd_sphere.py --data /imagenet      the published recipe
 
-Time N^2 d, memory N^2 + N d, nothing is d x d. Other than in the official code, each rank computes its own
+Time N^2 d, memory N d: nothing is d x d, or N x N. Other than in the official code, each rank computes its own
 rows of the Gram matrix against detached columns: one gather forward, nothing backward, 1/W of the work.
 """
 
