@@ -14,8 +14,8 @@ Zheng, Puy, Riccietti, Perez, Gribonval, ICLR 2023, arXiv 2208.00789. Official c
     python mmd_sphere.py                                            built-in images, minutes on a CPU
     torchrun --nproc_per_node 8 mmd_sphere.py --data /imagenet      the published recipe
 
-Time N^2 d, memory N d: nothing is d x d, or N x N. Other than in the official code, each rank computes its own
-rows of the Gram matrix against detached columns: one gather forward, nothing backward, 1/W of the work.
+Time N^2 d, memory N d: nothing is d x d, or N x N. Other than in the official code, each rank computes its
+own rows of the Gram matrix against detached columns: one gather forward, nothing backward, 1/W of the work.
 """
 
 import argparse
@@ -26,7 +26,6 @@ from torch import Tensor, nn
 import common
 
 # ----------------------------------------------------------------------------------------- the loss
-
 
 BLOCK = 2**20  # numbers of the Gram matrix at a time
 
@@ -40,6 +39,7 @@ def legendre(t: Tensor, d: int, order: int) -> list[Tensor]:
 
 
 def phi_of(t: Tensor, d: int, b, kernel: str, tau: float) -> Tensor:
+    """phi(t), elementwise, of the kernel K(u, v) = phi(<u, v>) in dimension d."""
     if kernel == "legendre":
         return sum(weight * P for weight, P in zip(b, legendre(t, d, len(b))[1:], strict=True))
     return torch.exp(-2 * tau * (1 - t)) if kernel == "rbf" else t.square()

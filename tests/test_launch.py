@@ -312,7 +312,7 @@ def test_slurm_refuses_in_a_sentence_what_it_cannot_run(slurm, tmp_path, monkeyp
 
 
 def test_four_ranks_on_two_nodes_are_torchruns_and_one_process(slurm, tmp_path):
-    """The built-in images. A fork keeps the parameters at the start and after three steps: in float32, ranks
+    """The built-in images. A fork keeps the parameters after the first step and the third: in float32, ranks
     that sum in another order part soon after."""
     line = "        scale.optimizer.step()\n"
     keep = "        if common.rank() == 0 and run.step in (0, 2):\n"
@@ -331,12 +331,12 @@ def test_four_ranks_on_two_nodes_are_torchruns_and_one_process(slurm, tmp_path):
     assert len(ranks) == 4 and f"global_rank=3({4})" in ranks[3].read_text()
     found = state_of(tmp_path / "slurm")
     assert found["world"] == 4 and found["step"] > 30 and same(found, state_of(tmp_path / "torchrun"))
-    start, one, four = (
+    first, one, four = (
         torch.cat([p.detach().flatten().double() for p in torch.load(path, weights_only=True)])
         for path in (tmp_path / "one" / "0.pt", tmp_path / "one" / "2.pt", tmp_path / "slurm" / "2.pt")
     )
     assert (four - one).norm() < 1e-4 * one.norm()
-    assert (one - start).norm() > 10 * (four - one).norm() and (one - start).norm() > 1e-3 * one.norm()
+    assert (one - first).norm() > 10 * (four - one).norm() and (one - first).norm() > 1e-3 * one.norm()
 
 
 def test_a_forks_sweep_is_a_job_array(slurm, tmp_path, folder, capsys):
