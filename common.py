@@ -91,11 +91,22 @@ def number(kind: type, low: float, high: float = 1e9):
     return parse
 
 
+# fmt: off
+def add_run_flags(add: Callable) -> None:
+    """What pretraining and evaluation have alike, except data and out."""
+    cpus = int(os.environ.get("SLURM_CPUS_PER_TASK") or os.cpu_count())
+    add("--seed", type=number(int, 0, 2**62), default=0, help="of all random choices: weights, order, views")
+    add("--workers", type=number(int, 0, 1024), default=min(16, cpus), help="a rank, to decode")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:N or cpu")
+    add("--precision", choices=["bf16", "fp32", "fp64"], help="of the networks; losses are in fp32 or "
+        "better (default: bf16 where the hardware has it)")
+    add("--save-minutes", type=number(float, 1e-3), default=15.0, help="between checkpoints")
+    add("--log-every", type=number(int, 1), default=50, help="steps")
+
+
 def parser_for(doc: str, lr: str = "for 256 images, times batch-size / 256") -> Parser:
     """The flags every method has; those without a default here take it from the recipe. lr: what --lr is."""
     parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    cpus = int(os.environ.get("SLURM_CPUS_PER_TASK") or os.cpu_count())
-    # fmt: off
     add = parser.add_argument_group("data and run").add_argument
     add("--data", help="folder with train/ and val/ (or test/) of class folders; any folder of images; "
         "cifar10, cifar100 or stl10, with :/where/it/lies (default ./data); left out: built-in drawings")
@@ -104,16 +115,10 @@ def parser_for(doc: str, lr: str = "for 256 images, times batch-size / 256") -> 
         "folder, the data set's own by name, demo without --data)")
     add("--epochs", type=number(int, 1), help="passes over the data")
     add("--batch-size", type=number(int, 2), help="N, images a step over all ranks")
-    add("--seed", type=number(int, 0, 2**62), default=0, help="of initialisation, order and views")
-    add("--workers", type=number(int, 0, 1024), default=min(16, cpus), help="a rank, to decode")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:N or cpu")
-    add("--precision", choices=["bf16", "fp32", "fp64"], help="of the networks; losses are in fp32 or "
-        "better (default: bf16 where the hardware has it)")
+    add_run_flags(add)
     add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the networks")
     add("--micro-batch", type=number(int, 0), default=0, help="rows encoded at a time; the loss is that of "
         "the whole batch, BN statistics are per micro-batch (0: all, halved where memory runs out)")
-    add("--save-minutes", type=number(float, 1e-3), default=15.0, help="between checkpoints")
-    add("--log-every", type=number(int, 1), default=50, help="steps")
     add("--knn-every", type=number(int, 0), default=1, help="epochs between kNN tests (0: first and last)")
     add = parser.add_argument_group("views").add_argument
     add("--views", choices=list(VIEWS), help="augmentation recipe")
@@ -126,8 +131,8 @@ def parser_for(doc: str, lr: str = "for 256 images, times batch-size / 256") -> 
     add("--lr", type=number(float, 0, 1e6), help=f"peak learning rate, {lr}")
     add("--wd", type=number(float, 0, 1e3), help="weight decay, not of biases and norms")
     add("--warmup", type=number(float, 0), help="epochs of linear warm-up; then cosine to 0")
-    # fmt: on
     return parser
+# fmt: on
 
 
 def parse(parser: Parser, recipes: dict, argv: list[str] | None) -> Args:
@@ -970,10 +975,8 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> float:
 
 
 @torch.no_grad()
-def features(
-    backbone: nn.Module, split: Split, index: Tensor, args: Args, device: torch.device, unit: bool = True
-):
-    """float32 features (m, D), L2-normalised if `unit`, and labels (m,) of images `index`, on every rank."""
+def features(backbone: nn.Module, split: Split, index: Tensor, args: Args, device: torch.device):
+    """float32 features (m, D) and labels (m,) of images `index`, on every rank."""
     padded = torch.cat([index, index[:1].expand(-len(index) % world())])  # to equal shards
     mine, found, training = padded[rank() :: world()], [], backbone.training
     backbone.eval()
@@ -981,24 +984,39 @@ def features(
     for (x,), y in batches_of(split, batches, [View(size=args.size)], args, device):
         with autocast(args, device):
             h = backbone(x.double() if args.precision == "fp64" else x)
-        found.append((F.normalize(h.float(), dim=1) if unit else h.float(), y))
+        found.append((h.float(), y))
     backbone.train(training)
     h, y = (all_gather(torch.cat(t)) for t in zip(*found, strict=True))
     order = torch.arange(len(h), device=device).view(world(), -1).mT.flatten()[: len(index)]
     return h[order], y[order]
 
 
-def knn_accuracy(
-    bank: Tensor, bank_y: Tensor, h: Tensor, y: Tensor, k: int = 20, temperature: float = 0.07
-) -> float:
-    """Share of queries h (m, D) that a cosine-weighted vote in bank (n, D) gets right (Wu et al. 2018)."""
-    right, classes = 0, int(max(bank_y.max(), y.max())) + 1
-    for rows in torch.arange(len(h), device=h.device).split(1024):
-        similarity, at = (h[rows] @ bank.mT).topk(min(k, len(bank)))
-        votes = torch.zeros(len(rows), classes, device=h.device)
-        votes.scatter_add_(1, bank_y[at], (similarity / temperature).exp())
-        right += int((votes.argmax(1) == y[rows]).sum())
-    return right / len(h)
+def nearest(h: Tensor, bank: Tensor, k: int, block: int = 65536) -> tuple[Tensor, Tensor]:
+    """Cosine similarities and rows, (m, k) each, best first, of the k nearest of bank (n, D) to h (m, D)."""
+    h = F.normalize(h, dim=1)
+    best, at = h.new_empty(len(h), 0), torch.empty(len(h), 0, dtype=torch.long, device=h.device)
+    for start in range(0, len(bank), block):
+        part = F.normalize(bank[start : start + block], dim=1).mT
+        found = [(rows @ part).topk(min(k, part.shape[1])) for rows in h.split(1024)]
+        values, index = (torch.cat(t) for t in zip(*found, strict=True))
+        best, order = torch.cat([best, values], 1).topk(min(k, best.shape[1] + values.shape[1]))
+        at = torch.cat([at, index + start], 1).gather(1, order)
+    return best, at
+
+
+def knn_votes(similarity: Tensor, labels: Tensor, classes: int, temperature: float = 0.07) -> Tensor:
+    """Scores (m, C) of neighbours (m, k): the sum of exp(similarity / temperature) of each class' ones (Wu et
+    al. 2018); -inf without any."""
+    votes = similarity.new_zeros(len(labels), classes)
+    votes.scatter_add_(1, labels, (similarity / temperature).exp())
+    return votes.masked_fill_(votes == 0, -torch.inf)
+
+
+def knn_accuracy(bank: Tensor, bank_y: Tensor, h: Tensor, y: Tensor, k: int = 20) -> float:
+    """Share of queries h (m, D) that a cosine-weighted vote in bank (n, D) gets right."""
+    similarity, at = nearest(h, bank, k)
+    votes = knn_votes(similarity, bank_y[at], int(max(bank_y.max(), y.max())) + 1)
+    return float((votes.argmax(1) == y).double().mean())
 
 
 @torch.no_grad()
@@ -1098,9 +1116,12 @@ class Run:
         if self.data.test:
             self.probe = Probe(width, len(self.data.classes), self.args, self.device)
             state.update(probe=self.probe, probe_optimizer=self.probe.optimizer)
-        self.open(evaluate, state)
+        splits = [split and split[:3] for split in self.data[:2]]
+        self.open(
+            evaluate, state, (*splits, self.data.classes) if isinstance(self.data.train, Files) else None
+        )
 
-    def open(self, evaluate: nn.Module, state: dict) -> None:
+    def open(self, evaluate: nn.Module, state: dict, listing: tuple | None = None) -> None:
         """The directory, locked and described, with the state of its checkpoint if there is one."""
         barrier()  # every rank has checked the directory
         self.backbone, self.state, self.pending, self.knn = evaluate, state, None, []
@@ -1113,8 +1134,7 @@ class Run:
             if rank() == 0:
                 for source in {self.script.resolve(), Path(__file__).resolve()}:
                     shutil.copy(source, self.out)
-                if isinstance(self.data.train, Files) and not (self.out / "files.pt").exists():
-                    listing = *(split and split[:3] for split in self.data[:2]), self.data.classes
+                if listing and not (self.out / "files.pt").exists():
                     self._write("files.pt", lambda file: torch.save(listing, file))
                 text = json.dumps(vars(self.args), indent=1)
                 self._write("args.json", lambda file: file.write(text.encode()))
@@ -1159,15 +1179,12 @@ class Run:
             fail(f"step {self.step} cannot be saved in {self.out} ({error}); the checkpoint before is kept")
 
     def _resume(self) -> None:
-        """Loads the newest whole checkpoint: torch.load does not notice flipped bits, archive CRCs do."""
+        """Loads the newest whole checkpoint."""
         names = ("checkpoint.pt", "checkpoint-previous.pt", "log.jsonl")
         (last, before, log), damaged = (self.out / name for name in names), []
         for path in filter(Path.exists, (last, before)):
             try:
-                with zipfile.ZipFile(path) as archive:
-                    if record := archive.testzip():
-                        raise ValueError(f"wrong checksum of {record}")
-                saved = torch.load(path, map_location=self.device, weights_only=True)
+                saved = load_checked(path, self.device)
                 break
             except Exception as error:  # damage has many names
                 damaged.append(f"{path} is damaged ({error})")
@@ -1392,6 +1409,15 @@ class Run:
         print(f"next: tensorboard --logdir {self.out}")
         data = f" --data {data}" if data else ""
         print(f"      python eval_linear.py --backbone {self.out}/backbone.pth{data}")
+
+
+def load_checked(path: Path | str, device: torch.device | str):
+    """torch.load of data alone; it does not notice flipped bits, the archive's checksums do (ValueError)."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if record := archive.testzip():
+                raise ValueError(f"wrong checksum of {record}")
+    return torch.load(path, map_location=device, weights_only=True)
 
 
 def flatten(tree: dict, prefix: str = ""):

@@ -31,7 +31,6 @@ import json
 import os
 import sys
 import time
-import zipfile
 from pathlib import Path
 
 import torch
@@ -42,7 +41,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import common
-from common import Data, Files, Pixels, all_reduce, fail, number, rank, world
+from common import Data, Pixels, Split, all_reduce, fail, knn_votes, nearest, number, rank, world
 
 # -------------------------------------------------------------------------------------- classifiers
 
@@ -130,26 +129,6 @@ def fit_logistic(h: Tensor, y: Tensor, classes: int, penalty: float, start: Tens
     return V.detach() * scale, largest()
 
 
-def nearest(h: Tensor, bank: Tensor, k: int, block: int = 65536) -> tuple[Tensor, Tensor]:
-    """Cosine similarities and rows, (m, k) each, best first, of the k nearest of bank (n, D) to h (m, D)."""
-    h = F.normalize(h, dim=1)
-    best, at = h.new_empty(len(h), 0), torch.empty(len(h), 0, dtype=torch.long, device=h.device)
-    for start in range(0, len(bank), block):
-        part = F.normalize(bank[start : start + block], dim=1).mT
-        found = [(rows @ part).topk(min(k, part.shape[1])) for rows in h.split(1024)]
-        values, index = (torch.cat(t) for t in zip(*found, strict=True))
-        best, order = torch.cat([best, values], 1).topk(min(k, best.shape[1] + values.shape[1]))
-        at = torch.cat([at, index + start], 1).gather(1, order)
-    return best, at
-
-
-def knn_votes(similarity: Tensor, labels: Tensor, classes: int, temperature: float = 0.07) -> Tensor:
-    """Scores (m, C): the sum of exp(similarity / temperature) of each class' neighbours; -inf without any."""
-    votes = similarity.new_zeros(len(labels), classes)
-    votes.scatter_add_(1, labels, (similarity / temperature).exp())
-    return votes.masked_fill_(votes == 0, -torch.inf)
-
-
 def accuracies(scores: Tensor, y: Tensor) -> dict[str, float]:
     """top1, top5, mean per class in % over all ranks' images; scores (m, C) and y (m,) are this rank's."""
     top = scores.topk(min(5, scores.shape[1]))
@@ -172,9 +151,7 @@ def read_weights(path: str) -> dict[str, Tensor]:
     if not os.path.isfile(path):  # a pipe or a device would never end
         fail(f"--backbone {path}: no such file")
     try:
-        if zipfile.is_zipfile(path) and (bad := zipfile.ZipFile(path).testzip()):
-            raise ValueError(f"wrong checksum of {bad}")
-        flat = dict(common.flatten(torch.load(path, map_location="cpu", weights_only=True)))
+        flat = dict(common.flatten(common.load_checked(path, "cpu")))
     except Exception as error:  # damage, and pickles that would run code, have many names
         reason = str(error).strip().partition("\n")[0][:150]
         fail(f"--backbone {path} is no checkpoint of weights alone ({type(error).__name__}: {reason})")
@@ -241,14 +218,14 @@ def stratified(labels: Tensor, part: float, seed: int, choice: int) -> Tensor:
     return torch.zeros(len(labels), dtype=torch.bool).index_fill_(0, chosen, True)
 
 
-def part(split: Pixels | Files, rows: Tensor) -> Pixels | Files:
+def part(split: Split, rows: Tensor) -> Split:
     if isinstance(split, Pixels):
         return Pixels(split.images[rows], split.labels[rows])
     paths = [os.fsencode(split.path(i)) for i in rows.tolist()]
     return common.files_of(paths, split.labels[rows].tolist())
 
 
-def fingerprint(split: Pixels | Files) -> str:
+def fingerprint(split: Split) -> str:
     """Of the pixels, or of the paths, sizes and times of the files; and of the labels."""
     if isinstance(split, Pixels):
         return digest(split.images, split.labels)
@@ -278,12 +255,12 @@ def open_labelled(args: argparse.Namespace) -> Data:
 
 
 @common.readable("--labels")
-def choose_labels(train: Pixels | Files, labels: str, seed: int) -> Pixels | Files:
+def choose_labels(train: Split, labels: str, seed: int) -> Split:
     """--labels: that many per cent of each class, or the files of a list (names, or class/name)."""
     percent = float(labels) if labels.replace(".", "", 1).isdecimal() else 0.0
     if 0 < percent <= 100:
         return part(train, stratified(train.labels, percent / 100, seed, LABELLED).nonzero()[:, 0])
-    text = Path(labels).read_text() if os.path.isfile(labels) and isinstance(train, Files) else ""
+    text = Path(labels).read_text() if os.path.isfile(labels) and not isinstance(train, Pixels) else ""
     names = list(dict.fromkeys(filter(None, map(str.strip, text.splitlines()))))
     if not names:
         fail(
@@ -344,12 +321,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--size", type=number(int, 12, 1024), help="pixels (default: as in pretraining, or of small images, "
         "or 224)")
     add("--projector", action="store_true", help="test features with thumbnails for TensorBoard's projector")
-    add("--seed", type=number(int, 0, 2**62), default=0, help="of held-out and labelled images, order, views")
-    add("--workers", type=number(int, 0, 1024), default=min(16, os.cpu_count()), help="a rank, to decode")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:N or cpu")
-    add("--precision", choices=["bf16", "fp32", "fp64"], help="of the backbone (default: as in pretraining)")
-    add("--save-minutes", type=number(float, 1e-3), default=15.0, help="between checkpoints")
-    add("--log-every", type=number(int, 1), default=50, help="steps")
+    common.add_run_flags(add)
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=number(int, 1))
     add("--batch-size", type=number(int, 2), help="N, over all ranks")
@@ -429,10 +401,10 @@ class Evaluation(common.Run):
         self.seconds[name] = round(time.monotonic() - self.lapped, 2)
         self.lapped = time.monotonic()
 
-    def features(self, split: Pixels | Files, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def features(self, split: Split, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Features (m, D) of centre crops of these images and labels (m,), on every rank's device."""
         parts = tqdm(rows.split(4096), "features", disable=rank() > 0 or len(rows) < 4 * 4096)
-        found = [common.features(self.net, split, i, self.args, self.device, unit=False) for i in parts]
+        found = [common.features(self.net, split, i, self.args, self.device) for i in parts]
         h, y = (torch.cat(t) for t in zip(*found, strict=True))
         return h, y
 
@@ -452,6 +424,7 @@ class Evaluation(common.Run):
                     torch.save(dict(saved, h=h.cpu(), y=y.cpu()), path.with_suffix(f".{os.getpid()}"))
                     os.replace(path.with_suffix(f".{os.getpid()}"), path)
                 except (OSError, RuntimeError) as error:
+                    path.with_suffix(f".{os.getpid()}").unlink(missing_ok=True)
                     print(f"features are not kept: {path} cannot be written ({error})", file=sys.stderr)
         self.lap(f"features of {name}")
         self.kept[name] = saved["h"], saved["y"]
@@ -485,7 +458,7 @@ class Evaluation(common.Run):
     _check_state = _show = _summary = lambda *_: None  # heads at rates that are too high diverge: they lose
 
 
-def default_size(backbone: str, split: Pixels | Files) -> int:
+def default_size(backbone: str, split: Split) -> int:
     """--size of the run that left this backbone; or the side of images small enough for memory; or 224."""
     try:
         return json.loads((Path(backbone).parent / "args.json").read_text())["size"]
@@ -600,13 +573,13 @@ def finetune(run: Evaluation) -> tuple[dict, dict[str, Tensor]]:
 # ------------------------------------------------------------------------------------------- report
 
 
-def spread(split: Pixels | Files, most: int) -> Tensor:
+def spread(split: Split, most: int) -> Tensor:
     """At most that many rows of the images, evenly spread."""
     n = len(split.labels)
     return torch.arange(min(n, most)) * n // min(n, most)
 
 
-def thumbnails(split: Pixels | Files, rows: Tensor, side: int) -> Tensor:
+def thumbnails(split: Split, rows: Tensor, side: int) -> Tensor:
     """Centre squares (n, 3, side, side) in [0, 1]; black where an image cannot be read."""
     images = [split.images[i].cpu() if isinstance(split, Pixels) else split.read(i) for i in rows.tolist()]
     images = [torch.zeros(3, side, side).byte() if image is None else image for image in images]
