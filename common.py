@@ -404,6 +404,12 @@ class Pixels(NamedTuple):
     images: Tensor
     labels: Tensor
 
+    def read(self, i: int) -> Tensor:
+        return self.images[i]
+
+    def take(self, rows: Tensor) -> "Pixels":
+        return Pixels(self.images[rows], self.labels[rows])
+
 
 class Files(NamedTuple):
     """Image files: their paths in one uint8 tensor, which workers share, with ends (n,); labels (n,)."""
@@ -434,6 +440,9 @@ class Files(NamedTuple):
             return (image.int() >> 8).byte().expand(3, -1, -1) if wide else image
         except Exception:  # damage has many names
             return None
+
+    def take(self, rows: Tensor) -> "Files":
+        return files_of([os.fsencode(self.path(i)) for i in rows.tolist()], self.labels[rows].tolist())
 
 
 Split = Pixels | Files
@@ -974,6 +983,11 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> float:
 # ------------------------------------------------------------------------------------------ monitor
 
 
+def evenly(n: int, most: int) -> Tensor:
+    """At most `most` of 0 .. n - 1, evenly spread."""
+    return torch.arange(min(n, most)) * n // min(n, most)
+
+
 @torch.no_grad()
 def features(backbone: nn.Module, split: Split, index: Tensor, args: Args, device: torch.device):
     """float32 features (m, D) and labels (m,) of images `index`, on every rank."""
@@ -1387,8 +1401,7 @@ class Run:
         begun, found = time.monotonic(), []
         for split, most in ((self.data.train, 25_000), (self.data.test, 10_000)):
             known = (split.labels >= 0).nonzero()[:, 0]
-            n = min(len(known), most)
-            index = known[torch.arange(n) * len(known) // n]  # evenly spread
+            index = known[evenly(len(known), most)]
             found += features(self.backbone, split, index, self.args, self.device)
         bank, bank_y, h, y = found
         self.knn.append((self.step, knn_accuracy(bank, bank_y, h, y)))

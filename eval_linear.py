@@ -218,13 +218,6 @@ def stratified(labels: Tensor, part: float, seed: int, choice: int) -> Tensor:
     return torch.zeros(len(labels), dtype=torch.bool).index_fill_(0, chosen, True)
 
 
-def part(split: Split, rows: Tensor) -> Split:
-    if isinstance(split, Pixels):
-        return Pixels(split.images[rows], split.labels[rows])
-    paths = [os.fsencode(split.path(i)) for i in rows.tolist()]
-    return common.files_of(paths, split.labels[rows].tolist())
-
-
 def fingerprint(split: Split) -> str:
     """Of the pixels, or of the paths, sizes and times of the files; and of the labels."""
     if isinstance(split, Pixels):
@@ -244,7 +237,7 @@ def open_labelled(args: argparse.Namespace) -> Data:
             if not any(path.is_dir() for path in folder.glob("*")):
                 fail(f"--data {root} is unlabelled, or has no val/ or test/: no class folders in {folder}")
     data = common.open_data(argparse.Namespace(data=args.data, batch_size=1), Path(os.devnull))
-    train, test = (part(s, (s.labels >= 0).nonzero()[:, 0]) if (s.labels < 0).any() else s for s in data[:2])
+    train, test = (s.take((s.labels >= 0).nonzero()[:, 0]) if (s.labels < 0).any() else s for s in data[:2])
     known, tested = set(train.labels.tolist()), set(test.labels.tolist())
     classes = data.classes or [str(c) for c in range(max(known | tested) + 1)]
     if wrong := [classes[c] for c in sorted(known ^ tested)]:
@@ -259,7 +252,7 @@ def choose_labels(train: Split, labels: str, seed: int) -> Split:
     """--labels: that many per cent of each class, or the files of a list (names, or class/name)."""
     percent = float(labels) if labels.replace(".", "", 1).isdecimal() else 0.0
     if 0 < percent <= 100:
-        return part(train, stratified(train.labels, percent / 100, seed, LABELLED).nonzero()[:, 0])
+        return train.take(stratified(train.labels, percent / 100, seed, LABELLED).nonzero()[:, 0])
     text = Path(labels).read_text() if os.path.isfile(labels) and not isinstance(train, Pixels) else ""
     names = list(dict.fromkeys(filter(None, map(str.strip, text.splitlines()))))
     if not names:
@@ -274,7 +267,7 @@ def choose_labels(train: Split, labels: str, seed: int) -> Split:
     if missing := [name for name in names if row_of.get(name, -1) < 0]:
         shown = ", ".join(missing[:3])
         fail(f"--labels {labels}: {len(missing)} of {len(names)} are missing, or there twice: {shown}")
-    return part(train, torch.tensor([row_of[name] for name in names]))
+    return train.take(torch.tensor([row_of[name] for name in names]))
 
 
 # ---------------------------------------------------------------------------------------- arguments
@@ -388,7 +381,7 @@ class Evaluation(common.Run):
         self.keys = dict(train=fingerprint(self.train), test=fingerprint(self.test))
         args.data_hash = self.keys["train"][:8] + self.keys["test"][:8]
         self._check_directory()
-        self.data = Data(part(self.train, self.fit), None, self.classes)
+        self.data = Data(self.train.take(self.fit), None, self.classes)
         if args.mode in ("linear", "finetune"):
             self.data = common.load_small(self.data, self.device)
         self.epoch_steps = max(1, len(self.data.train.labels) // batch)
@@ -463,7 +456,7 @@ def default_size(backbone: str, split: Split) -> int:
     try:
         return json.loads((Path(backbone).parent / "args.json").read_text())["size"]
     except (OSError, ValueError, KeyError, TypeError):
-        image = split.images[0] if isinstance(split, Pixels) else split.read(0)
+        image = split.read(0)
     side = min(image.shape[1:]) if image is not None else 0
     return side if 12 <= side <= common.MEMORY_SIDE else 224
 
@@ -573,25 +566,20 @@ def finetune(run: Evaluation) -> tuple[dict, dict[str, Tensor]]:
 # ------------------------------------------------------------------------------------------- report
 
 
-def spread(split: Split, most: int) -> Tensor:
-    """At most that many rows of the images, evenly spread."""
-    n = len(split.labels)
-    return torch.arange(min(n, most)) * n // min(n, most)
-
-
 def thumbnails(split: Split, rows: Tensor, side: int) -> Tensor:
     """Centre squares (n, 3, side, side) in [0, 1]; black where an image cannot be read."""
-    images = [split.images[i].cpu() if isinstance(split, Pixels) else split.read(i) for i in rows.tolist()]
-    images = [torch.zeros(3, side, side).byte() if image is None else image for image in images]
+    black = torch.zeros(3, side, side).byte()
+    images = [black if (image := split.read(i)) is None else image.cpu() for i in rows.tolist()]
     return torch.stack([TF.center_crop(TF.resize(image, [side]), [side]) for image in images]) / 255
 
 
 def neighbour_sheet(run: Evaluation, queries: int = 12, k: int = 9, side: int = 64) -> Tensor:
     """A row for each of some test images, then its nearest training images (of 10,000, where features are not
     kept), framed green where the class is right and red where it is wrong: (3, H, W) uint8."""
-    rows, bank = spread(run.test, queries), torch.arange(len(run.train.labels))
+    n = len(run.train.labels)
+    rows, bank = common.evenly(len(run.test.labels), queries), torch.arange(n)
     if "train" not in run.kept:
-        bank = spread(run.train, 10_000)
+        bank = common.evenly(n, 10_000)
         run.kept["train"] = run.features(run.train, bank)
     (h, y), (h_bank, y_bank) = run.kept["test"], run.kept["train"]
     at = nearest(h[rows], h_bank, k)[1]
@@ -651,7 +639,7 @@ def main(args: argparse.Namespace) -> None:
     for name, metric in itertools.product(results, ("top1", "top5", "mean_per_class")):
         run.board.add_scalar(f"test {metric}/{name}", results[name][metric], run.total)
     if args.projector:
-        rows = spread(run.test, 2000)
+        rows = common.evenly(len(run.test.labels), 2000)
         names = [run.classes[c] for c in y[rows].tolist()]
         run.board.add_embedding(h[rows], names, thumbnails(run.test, rows, 32), tag="test")
     run.board.close()
