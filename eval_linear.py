@@ -406,7 +406,7 @@ class Evaluation(common.Run):
         kept = f"{name}-{self.keys[name]}-{self.args.size}-{self.args.precision}.pt"
         split, path, fresh = getattr(self, name), Path(self.args.features) / kept, False
         with contextlib.suppress(Exception):  # not there, or damaged
-            saved = torch.load(path, map_location=self.device, weights_only=True)
+            saved = common.load_checked(path, self.device)
             fresh = saved["backbone"] == self.args.backbone_hash
         if all_reduce(torch.tensor(float(fresh), device=self.device)) < world():
             h, y = self.features(split, torch.arange(len(split.labels)))
