@@ -19,8 +19,8 @@ serdarozsoy/corinfomax-ssl.
     python corinfomax.py                                            built-in images, minutes on a CPU
     torchrun --nproc_per_node 8 corinfomax.py --data /imagenet      the published recipe
 
-Other than in the official code: R and mu are in the checkpoint, in float64, and of the batch of all ranks;
-the log-determinant is by Cholesky.
+Other than in the official code: R and mu are in the checkpoint; the log-determinant is by Cholesky; the
+learning rate moves every step, not every epoch.
 """
 
 import argparse
@@ -59,7 +59,7 @@ class CorInfoMax(nn.Module):
         if self.objective == "ldmi":
             cross = self.moment(z[0], z[1], mean, mu, N)
             R12 = self.forget_R * self.R12 + (1 - self.forget_R) * cross
-            schur = R[0] - R12 @ torch.linalg.solve(self.regular(R[1]), R12.mT)
+            schur = R[0] - R12 @ torch.linalg.solve_ex(self.regular(R[1]), R12.mT)[0]
             information = 2 / d * (self.logdet(R[0]) - self.logdet((schur + schur.mT) / 2))
             loss, terms = -information, dict(invariance=invariance, information=information)
         else:
@@ -80,14 +80,9 @@ class CorInfoMax(nn.Module):
         return R + self.eps * torch.eye(len(R), dtype=R.dtype, device=R.device)
 
     def logdet(self, R: Tensor) -> Tensor:
-        """logdet(R + eps I), by Cholesky: R is positive definite by construction."""
-        factor, failed = torch.linalg.cholesky_ex(self.regular(R))
-        if failed and R.isfinite().all():  # otherwise the run names the step
-            least = torch.linalg.eigvalsh(R.detach())[0].item()
-            common.fail(
-                f"the covariance is not positive definite, its least eigenvalue is {least:g}: raise --eps"
-            )
-        return 2 * factor.diagonal().log().sum()
+        """logdet(R + eps I), by Cholesky; NaN where rounding has made the positive definite R indefinite."""
+        factor, failed = torch.linalg.cholesky_ex(self.regular(R))  # a look at `failed` would wait for a GPU
+        return 2 * factor.diagonal().log().sum().masked_fill(failed != 0, torch.nan)
 
 
 # ------------------------------------------------------------------------------------------ recipes
@@ -106,7 +101,7 @@ RECIPES = {  # the official commands; --lr is absolute
         alpha=500.0, forget=0.01, hidden=[4096, 4096], dim=128, norm=False,
     ),
     "tiny-imagenet": dict(  # 54.86 %
-        _SGD, arch="resnet50", stem="cifar", size=64, epochs=800, batch_size=1024, lr=0.5,
+        _SGD, arch="resnet50", stem="imagenet", size=64, epochs=800, batch_size=1024, lr=0.5,
         alpha=500.0, forget=0.1, hidden=[4096, 4096], dim=128, norm=False,
     ),
     "cifar10": dict(  # 93.18 %
@@ -140,10 +135,13 @@ def get_args(argv=None):
         type=common.number(float, 0, 0.999999),
         help="lam_R = lam_mu, weight of the old statistics",
     )
-    add("--eps", type=common.number(float, 1e-12), help="eps, added to the diagonal")
+    add(
+        "--eps",
+        type=common.number(float, 1e-12),
+        help="eps, added to the diagonal; raise it where the loss is not finite",
+    )
     add("--first-lr", type=common.number(float, 0, 1e6), help="learning rate at the start of the warm-up")
     add("--last-lr", type=common.number(float, 0, 1e6), help="learning rate at the end")
-    add("--zero-init", action=argparse.BooleanOptionalAction, help="last BN gain of each residual block at 0")
     add("--norm", action=argparse.BooleanOptionalAction, help="BN in the projector")
     add("--hidden", type=common.number(int, 1), nargs="+", help="widths of the projector's hidden layers")
     add("--dim", type=common.number(int, 2), help="d, dimension of the embedding")
@@ -161,36 +159,65 @@ class Online(nn.Module):
 
     def __init__(self, args):
         super().__init__()
-        self.backbone, self.width = common.resnet(args.arch, args.stem, args.zero_init)
+        self.micro_batch = args.micro_batch
+        self.backbone, self.width = common.resnet(args.arch, args.stem, args.zero_init, args.init)
         self.projector = common.mlp(self.width, *args.hidden, args.dim, norm=args.norm)
 
     def forward(self, xs: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Features (v, n, D) and projections (v, n, d) of the views."""
-        hs = common.per_view(self.backbone, xs)
-        return torch.stack(hs), torch.stack(common.per_view(self.projector, hs))
+        """Features (n, D) of the first view and projections (v, n, d) of all."""
+        hs = common.per_view(self.backbone, xs, self.micro_batch)
+        return hs[0], torch.stack(common.per_view(self.projector, hs))
 
 
 def main(args):
-    run = common.Run(args, __file__)
-    online = common.prepare(Online(args), args, run.device)
-    criterion = CorInfoMax(args.dim, args.forget, args.forget, args.eps, objective=args.objective).to(
-        run.device
-    )
-    optimizer = common.optimizer_for(online, args)
-    model = common.parallel(online, args, run.device)
-    run.begin(online.backbone, online.width, online=online, criterion=criterion, optimizer=optimizer)
-    peak, warmup = max(args.lr, 1e-12), args.warmup * run.epoch_steps
-    ends = dict(first=args.first_lr / peak, last=args.last_lr / peak)
+    device = common.start(args, __file__)
+    train, bank, test = common.open_data(args, device)
+    steps_per_epoch = len(train) // args.batch_size
+    total = args.epochs * steps_per_epoch
+    warmup = args.warmup * steps_per_epoch
+    first, last = args.first_lr / max(args.lr, 1e-12), args.last_lr / max(args.lr, 1e-12)
 
-    def loss_of(zs):
-        z1, z2 = F.normalize(zs, dim=2)
-        return criterion(z1, z2, args.alpha)
+    online = common.prepare(Online(args), device)
+    model = common.parallel(online, args, device)
+    criterion = CorInfoMax(args.dim, args.forget, args.forget, args.eps, objective=args.objective).to(device)
+    optimizer = common.make_optimizer(online, args)
+    probe = common.Probe(online.width, train, device)
+    state = dict(data=train, online=online, criterion=criterion, optimizer=optimizer, probe=probe)
+    start = common.resume(args, state)
+    log = common.Log(args, start, total)
+    signals = common.Signals(args)
 
-    for step, xs, y in run.steps():
-        lr = common.set_lr(optimizer, peak * common.warmup_cosine(step, warmup, run.total, **ends))
-        loss, terms, h, zs = run.backward(model, xs, loss_of)
+    for step, xs, y in log.watch(common.batches(train, args, device, start, total)):
+        if common.evaluation_due(step, steps_per_epoch, args):
+            log(step, **common.evaluate(online.backbone, probe, bank, test, args))
+        if step == 0:
+            log.show(xs)
+        lr = args.lr * common.warmup_cosine(step, warmup, total, first, last)
+        common.set_lr(optimizer, lr)
+
+        with common.autocast(args, device):
+            h, zs = model(xs)
+        loss, terms = criterion(*F.normalize(zs.float(), dim=2), args.alpha)
+        optimizer.zero_grad()
+        loss.backward()
+        gradient_norm = common.gradient_norm(online)
         optimizer.step()
-        run.log(loss, terms, lr, h, zs[0], y)
+        probe.step(h.float().detach(), y)
+
+        done = step + 1
+        if log.due(done):
+            spread = common.spread(h, zs[0])
+            log(done, loss=loss.detach(), **terms, lr=lr, gradient_norm=gradient_norm, **spread)
+        stop, save = signals.agree()
+        if stop or save or done % steps_per_epoch == 0:
+            common.save(args, done, state, online.backbone, loss, terms)
+        if done % steps_per_epoch == 0:
+            common.keep(args, done // steps_per_epoch)
+        if stop and done < total:
+            signals.leave()
+
+    log(total, **common.evaluate(online.backbone, probe, bank, test, args))
+    common.finish(log, signals)
 
 
 if __name__ == "__main__":

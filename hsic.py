@@ -17,10 +17,11 @@ Li, Pogodin, Sutherland, Gretton, NeurIPS 2021, arXiv 2106.08320. Official code:
     torchrun --nproc_per_node 8 hsic.py --data /imagenet            the published recipe
     python hsic.py --data cifar10 --local-crops 4 --gamma 10        any flag overrides the recipe
 
-Other than in the official code: random features are drawn exactly, as a scale mixture of Gaussians, not from
-a table of a truncated density (200 s at start-up); the kernel scale's samples come from the global batch, so
-it cannot differ between ranks; `dependence` is logged, HSIC(Z, Y) without the pairs of a view with itself,
-near 0 without dependence.
+Other than in the official code: random features are drawn exactly, as a scale mixture of Gaussians, not
+from a table of a truncated density (200 s at start-up); c follows random pairs, not all pairs of two random
+samples; the target network starts as a copy of the online one; averages include the statistics of batch
+normalisation. What is logged as `dependence` is HSIC(Z, Y) without the pairs of a view with itself: 0 where
+Z ignores identity.
 """
 
 import argparse
@@ -28,6 +29,7 @@ import copy
 import math
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -36,17 +38,21 @@ import common
 # ----------------------------------------------------------------------------------------- the loss
 
 
-def sample_features(d: int, f: int, kernel: str, seed: int, step: int, device="cpu") -> tuple[Tensor, Tensor]:
-    """Frequencies omega (d, f) and phases (f,) of the kernel with c = 1, the same on every rank and device.
+def sample_features(
+    d: int, f: int, kernel: str, seed: int, step: int, device="cpu", draw=0
+) -> tuple[Tensor, Tensor]:
+    """Frequencies omega (d, f) and phases (f,) of the kernel with c = 1, the same on every rank.
 
-    The IMQ kernel is a mixture of Gaussians, (1 + r^2)^(-1/2) = E exp(-s^2 r^2 / 2) s ~ N(0, 1); so is omega.
+    The IMQ kernel is a mixture of Gaussians, (1 + r^2)^(-1/2) = E exp(-s^2 r^2 / 2) with s ~ N(0, 1); so is
+    omega.
     """
-    generator = torch.Generator().manual_seed(int(common.hash64(seed, step)))
-    omega = torch.randn(d, f, generator=generator)
+    numbers = torch.arange((d + 2) * f, device=device)
+    u = common.uniform(seed, step, draw, numbers).view(d + 2, f)
+    normal = math.sqrt(2) * torch.erfinv(2 * u[:-1] + (2.0**-53 - 1))
+    omega = normal[:d]
     if kernel == "imq":
-        omega = omega * torch.randn(1, f, generator=generator)
-    phase = 2 * math.pi * torch.rand(f, generator=generator)
-    return omega.to(device), phase.to(device)
+        omega = omega * normal[d]
+    return omega.float(), (2 * math.pi * u[-1]).float()
 
 
 def random_features(z: Tensor, omega: Tensor, phase: Tensor, c=1.0) -> Tensor:
@@ -55,42 +61,61 @@ def random_features(z: Tensor, omega: Tensor, phase: Tensor, c=1.0) -> Tensor:
 
 
 def hsic_zy(phi: Tensor) -> Tensor:
-    """HSIC(Z, Y) of features phi (M, n, f) of M views, over all ranks; pairs p = l kept, as officially."""
-    M, N = phi.shape[0], phi.shape[1] * common.world()
-    per_image = phi.sum(0)  # (n, f)
-    same = common.all_reduce(per_image.square().sum())
-    mean = common.all_reduce(per_image.sum(0)) / (N * M)  # (f,)
-    return same / (N * M * (M - 1)) - mean.square().sum()
+    """HSIC(Z, Y) of features phi (M, N, f) of M views; pairs p = l kept, as officially."""
+    M, N, _ = phi.shape
+    same = phi.sum(0).square().sum() / (N * M * (M - 1))
+    return same - phi.mean((0, 1)).square().sum()
 
 
 def hsic_zz(phi: Tensor, psi: Tensor) -> Tensor:
-    """HSIC(Z, Z) of two independent draws of features, (M, n, f) each, over all ranks: |cov(phi, psi)|_F^2.
+    """HSIC(Z, Z) of two independent draws of features, (M, N, f) each: |cov(phi, psi)|_F^2.
 
     No gradient passes through the means: it would be the sum of the other side's centred rows, which is 0.
     """
-    N = phi.shape[0] * phi.shape[1] * common.world()
-    means = common.all_reduce(torch.stack([phi.detach().sum((0, 1)), psi.detach().sum((0, 1))])) / N
-    phi, psi = (phi - means[0]).flatten(0, 1), (psi - means[1]).flatten(0, 1)  # (M n, f)
-    return common.all_reduce(phi.mT @ psi).square().sum() / N**2
+    phi = (phi - phi.detach().mean((0, 1))).flatten(0, 1)  # (M N, f)
+    psi = (psi - psi.detach().mean((0, 1))).flatten(0, 1)
+    return (phi.mT @ psi).square().sum() / len(phi) ** 2
 
 
-def exact_hsic(zs: Tensor, kernel: str, c) -> tuple[Tensor, Tensor]:
-    """Both criteria of the kernel itself, without features, for normalised zs (M, n, d), in O(N^2).
+def hsic_loss(
+    zs: Tensor, c=1.0, gamma=3.0, kernel="imq", f=512, seed=0, step=0, draws=1
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """L of embeddings zs (M, n, d), M >= 2, float32 or better, over all ranks, and its terms; c is a constant
+    here.
 
-    Each rank has its own rows of the Gram matrix, against detached columns of all ranks. By symmetry that is
-    half of the gradient: doubled below. The centring is constant: sum (HKH)^2 has the derivative 2 <HKH, dK>.
+    f: random features a draw, or 0 for the exact kernel. The loss is the mean over the draws, and a rank
+    computes every W-th of them for the rows of all ranks. The linear kernel is its own features, phi = z.
     """
+    zs = F.normalize(zs, dim=2)
     M, n, d = zs.shape
-    rows = zs.transpose(0, 1).flatten(0, 1)  # (n M, d), the views of an image together
-    K = kernel_of((2 - 2 * rows @ common.all_gather(rows).mT).clamp(min=0), kernel, c)  # (n M, N M)
-    mean = common.all_gather(K.mean(1))  # (N M,)
-    own = common.rank() * n * M
-    centred = K - mean[own : own + n * M, None] - mean + mean.mean()
-    same = K[:, own : own + n * M].view(n, M, n, M).diagonal(dim1=0, dim2=2)  # (M, M, n)
-    same, every, square = common.all_reduce(torch.stack([same.sum(), K.sum(), centred.square().sum()]))
-    NM = K.shape[1]
-    zy, zz = same / (NM * (M - 1)) - every / NM**2, square / NM**2
-    return 2 * zy - zy.detach(), 2 * zz - zz.detach()
+    everyone = common.all_gather(zs.transpose(0, 1)).transpose(0, 1)  # (M, N, d)
+    own = common.rank() * n
+    if f == 0 and kernel != "linear":
+        return exact_loss(zs, everyone, own, c, gamma, kernel)
+
+    draws = draws if kernel != "linear" else 1
+    grad = torch.zeros_like(everyone, memory_format=torch.contiguous_format)  # NCCL wants it
+    sums = zs.new_zeros(4)  # loss, HSIC(Z, Y), sqrt HSIC(Z, Z), pairs of a view with itself
+    for draw in range(common.rank(), draws, common.world()):
+        with torch.enable_grad():
+            z = everyone.detach().requires_grad_()
+            phi = psi = z
+            if kernel != "linear":  # two draws of features: with one, HSIC(Z, Z) would be biased
+                phi = random_features(z, *sample_features(d, f, kernel, seed, step, z.device, 2 * draw), c)
+                psi = random_features(
+                    z, *sample_features(d, f, kernel, seed, step, z.device, 2 * draw + 1), c
+                )
+            zy, root = hsic_zy(phi), (hsic_zz(phi, psi) + 1e-14).sqrt()  # its gradient is finite at collapse
+            loss = (gamma * root - zy) / draws
+        grad += torch.autograd.grad(loss, z)[0]
+        itself = phi.square().sum() / (phi.shape[1] * M * (M - 1))
+        sums += torch.stack([loss, zy / draws, root / draws, itself / draws]).detach()
+    if common.world() > 1:
+        dist.all_reduce(grad)
+        dist.all_reduce(sums)
+    loss, zy, root, itself = sums
+    loss = common.with_gradient(loss, zs, common.world() * grad[:, own : own + n])
+    return loss, dict(hsic_zy=zy, sqrt_hsic_zz=root, dependence=zy - itself)
 
 
 def kernel_of(r2: Tensor, kernel: str, c) -> Tensor:
@@ -98,28 +123,27 @@ def kernel_of(r2: Tensor, kernel: str, c) -> Tensor:
     return (1 + r2 / c**2).rsqrt() if kernel == "imq" else torch.exp(-r2 / (2 * c**2))
 
 
-def hsic_loss(
-    zs: Tensor, c=1.0, gamma=3.0, kernel="imq", f=512, seed=0, step=0
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """L of embeddings zs (M, n, d), M >= 2, in float32 or better, and its terms; c is a constant here.
+def exact_loss(zs: Tensor, everyone: Tensor, own: int, c, gamma, kernel) -> tuple[Tensor, dict[str, Tensor]]:
+    """L with the kernel itself, in O(N^2), for normalised zs (M, n, d) and everyone's (M, N, d), own rows
+    first at `own`.
 
-    f: random features a draw, or 0 for the exact kernel. The linear kernel is its own features, phi = z.
+    Each rank has its own rows of the Gram matrix, against detached columns of all ranks. By symmetry that is
+    half of the gradient: doubled below. The centring is constant: sum (HKH)^2 has the derivative 2 <HKH, dK>.
     """
-    zs = F.normalize(zs, dim=2)
-    M, N = zs.shape[0], zs.shape[1] * common.world()
-    itself = torch.full((), 1 / (M - 1), device=zs.device)  # pairs p = l: k(z, z) = 1
-    if kernel == "linear":
-        zy, zz = hsic_zy(zs), hsic_zz(zs, zs)
-    elif f == 0:
-        zy, zz = exact_hsic(zs, kernel, c)
-    else:  # two draws: with one, HSIC(Z, Z) would be biased
-        draws = (sample_features(zs.shape[2], f, kernel, seed, 2 * step + i, zs.device) for i in range(2))
-        phi, psi = (random_features(zs, omega, phase, c) for omega, phase in draws)
-        zy, zz = hsic_zy(phi), hsic_zz(phi, psi)
-        itself = common.all_reduce(phi.detach().square().sum()) / (N * M * (M - 1))
-    root = (zz + 1e-14).sqrt()  # finite gradient where all embeddings are equal
-    loss = -zy + gamma * root
-    return loss, dict(hsic_zy=zy.detach(), sqrt_hsic_zz=root.detach(), dependence=zy.detach() - itself)
+    M, n, _ = zs.shape
+    rows = zs.transpose(0, 1).flatten(0, 1)  # (n M, d), the views of an image together
+    columns = everyone.transpose(0, 1).flatten(0, 1)
+    K = kernel_of((2 - 2 * rows @ columns.mT).clamp(min=0), kernel, c)  # (n M, N M)
+    NM = K.shape[1]
+    mean = common.all_gather(K.mean(1))  # (N M,)
+    centred = K - mean[own * M : (own + n) * M, None] - mean + mean.mean()
+    same = K[:, own * M : (own + n) * M].view(n, M, n, M).diagonal(dim1=0, dim2=2)  # (M, M, n)
+    same, every, square = common.all_reduce(torch.stack([same.sum(), K.sum(), centred.square().sum()]))
+    zy, zz = same / (NM * (M - 1)) - every / NM**2, square / NM**2
+    zy, zz = 2 * zy - zy.detach(), 2 * zz - zz.detach()
+    root = (zz + 1e-14).sqrt()
+    terms = dict(hsic_zy=zy.detach(), sqrt_hsic_zz=root.detach(), dependence=zy.detach() - 1 / (M - 1))
+    return gamma * root - zy, terms
 
 
 class KernelScale(nn.Module):
@@ -127,6 +151,8 @@ class KernelScale(nn.Module):
 
     r^2: squared distances of random pairs from the global batch. IMQ: log c - 3/2 E log(c^2 + r^2), largest
     where 3 c^2 E[1 / (c^2 + r^2)] = 1; gaussian: -2 log c - E r^2 / 2 c^2, largest where c^2 = E r^2 / 2.
+    With `adam`, c makes a step towards it when optimizer.step() is called; with `adaptive`, it is there at
+    once.
     """
 
     def __init__(self, kernel: str, how: str, pairs: int = 1024):
@@ -135,17 +161,23 @@ class KernelScale(nn.Module):
         self.c = nn.Parameter(torch.ones(()))
         self.optimizer = torch.optim.Adam([self.c], 3e-4)
 
+    def get_extra_state(self):
+        return self.optimizer.state_dict()
+
+    def set_extra_state(self, saved):
+        self.optimizer.load_state_dict(saved)
+
     def forward(self, zs: Tensor, seed: int, step: int) -> Tensor:
         """c for this step's loss, from zs (M, n, d) detached; with `adam`, also its gradient."""
         if self.kernel == "linear":
             return self.c.detach()
         r2 = self.squared_distances(zs.detach(), seed, step)
         if self.how == "adaptive":
-            c2 = r2.mean() / 2  # the fixed point for the Gaussian kernel; the start of the iteration for IMQ
-            for _ in range(12 if self.kernel == "imq" else 0):
-                c2 = 1 / (3 * (1 / (r2 + c2).clamp(min=1e-12)).mean())
-            with torch.no_grad():
-                self.c.copy_(c2.clamp(min=1e-8).sqrt())
+            c2 = r2.mean() / 2
+            if self.kernel == "imq":
+                for _ in range(12):  # towards the fixed point
+                    c2 = 1 / (3 * (1 / (r2 + c2).clamp(min=1e-12)).mean())
+            self.c.data.copy_(c2.clamp(min=1e-8).sqrt())
             return self.c.detach().clone()
         if self.kernel == "imq":
             sensitivity = self.c.log() - 1.5 * (self.c**2 + r2).log().mean()
@@ -155,17 +187,12 @@ class KernelScale(nn.Module):
         return self.c.detach().clone()
 
     def squared_distances(self, zs: Tensor, seed: int, step: int) -> Tensor:
-        """|z_a - z_b|^2 of random pairs of rows of all ranks, the same on every rank: (pairs,)."""
-        M, n, d = zs.shape
-        N, first = n * common.world(), n * common.rank()
-        draw = common.uniform(seed, step, torch.arange(2 * self.pairs), -2)
-        view, image = (draw * M * N).long() // N, (draw * M * N).long() % N
-        mine = ((image >= first) & (image < first + n)).nonzero()[:, 0]
-        rows = zs.new_zeros(2 * self.pairs, d)
-        rows[mine.to(zs.device)] = F.normalize(
-            zs[view[mine].to(zs.device), (image[mine] - first).to(zs.device)], dim=1
-        )
-        return torch.sub(*common.all_reduce(rows).chunk(2)).square().sum(1)
+        """|z_a - z_b|^2 of random pairs of rows of all views and ranks, the same on every rank: (pairs,)."""
+        everyone = common.all_gather(F.normalize(zs, dim=2).transpose(0, 1)).flatten(0, 1)  # (N M, d)
+        numbers = torch.arange(2 * self.pairs, device=zs.device)
+        drawn = (common.uniform(seed, step, numbers, -2) * len(everyone)).long()
+        a, b = everyone[drawn].chunk(2)
+        return (a - b).square().sum(1)
 
 
 # ------------------------------------------------------------------------------------------ recipes
@@ -173,17 +200,17 @@ class KernelScale(nn.Module):
 # fmt: off
 RECIPES = {
     "imagenet": dict(  # official config: 1000 epochs, 74.8 % linear top-1
-        arch="resnet50", stem="imagenet", size=224, views="byol", epochs=1000, batch_size=4096,
-        optimizer="lars", lr=0.4, wd=1e-6, warmup=10.0, gamma=3.0, features=512, scale="adam",
-        hidden=4096, dim=256, target=True, ema=0.999,
+        arch="resnet50", stem="imagenet", zero_init=True, size=224, views="byol",
+        epochs=1000, batch_size=4096, optimizer="lars", lr=0.4, wd=1e-6, warmup=10.0, gamma=3.0, features=512,
+        draws=128, scale="adam", hidden=4096, dim=256, target=True, ema=0.999,
     ),
-    "cifar10": dict(  # found here: see the README for what was tried
-        arch="resnet18", stem="cifar", size=32, views="cifar", epochs=800, batch_size=512,
+    "cifar10": dict(  # found here
+        arch="resnet18", stem="cifar", zero_init=False, size=32, views="cifar", epochs=800, batch_size=512,
         optimizer="adamw", lr=5e-4, wd=1e-4, warmup=10.0, gamma=3.0, features=0, scale="adaptive",
         hidden=2048, dim=256, target=False, ema=0.99,
     ),
     "demo": dict(  # minutes on two cores
-        arch="resnet18", stem="imagenet", size=32, views="cifar", epochs=3, batch_size=128,
+        arch="resnet18", stem="imagenet", zero_init=False, size=32, views="cifar", epochs=3, batch_size=128,
         optimizer="adamw", lr=2e-3, wd=1e-4, warmup=0.4, gamma=1.0, features=0, scale="adaptive",
         hidden=1024, dim=256, target=False, ema=0.9, log_every=10, workers=0,
     ),
@@ -203,6 +230,7 @@ def get_args(argv=None):
         type=common.number(int, 0),
         help="f, random Fourier features a draw (0: the exact kernel, O(N^2))",
     )
+    add("--draws", type=common.number(int, 1), default=1, help="G, independent draws of features a step")
     add("--scale", choices=["adam", "adaptive"], help="c, learned by Adam or at its optimum every step")
     add(
         "--target",
@@ -233,50 +261,81 @@ class Online(nn.Module):
 
     def __init__(self, args):
         super().__init__()
-        self.backbone, self.width = common.resnet(args.arch, args.stem)
+        self.micro_batch = args.micro_batch
+        self.backbone, self.width = common.resnet(args.arch, args.stem, args.zero_init, args.init)
         self.projector = common.mlp(self.width, args.hidden, args.dim)
         self.predictor = common.mlp(args.dim, args.hidden, args.dim) if args.target else nn.Identity()
 
     def forward(self, xs: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Features (v, n, D) and predictions, or without target projections, (v, n, d) of the views."""
-        hs = common.per_view(self.backbone, xs)
-        zs = common.per_view(self.predictor, common.per_view(self.projector, hs))
-        return torch.stack(hs), torch.stack(zs)
+        """Features (n, D) of the first view; predictions, or without target projections, (v, n, d) of all."""
+        hs = common.per_view(self.backbone, xs, self.micro_batch)
+        zs = common.per_view(self.projector, hs)
+        return hs[0], torch.stack(common.per_view(self.predictor, zs))
 
 
 def main(args):
-    run = common.Run(args, __file__)
-    online = common.prepare(Online(args), args, run.device)
-    target = copy.deepcopy(nn.Sequential(online.backbone, online.projector)) if args.target else nn.Identity()
-    target.requires_grad_(False)
+    device = common.start(args, __file__)
+    train, bank, test = common.open_data(args, device)
+    steps_per_epoch = len(train) // args.batch_size
+    total = args.epochs * steps_per_epoch
+    warmup = args.warmup * steps_per_epoch
+
+    online = common.prepare(Online(args), device)
+    target = copy.deepcopy(nn.Sequential(online.backbone, online.projector)).requires_grad_(False)
     average = copy.deepcopy(online.backbone).requires_grad_(False)
-    scale = common.prepare(KernelScale(args.kernel, args.scale), args, run.device)
-    optimizer = common.optimizer_for(online, args)
-    model = common.parallel(online, args, run.device)
-    state = dict(online=online, target=target, average=average, optimizer=optimizer)
-    run.begin(average, online.width, scale=scale, scale_optimizer=scale.optimizer, **state)
-    peak, warmup = args.lr * args.batch_size / 256, args.warmup * run.epoch_steps
+    scale = KernelScale(args.kernel, args.scale).to(device)
+    model = common.parallel(online, args, device)
+    optimizer = common.make_optimizer(online, args)
+    probe = common.Probe(online.width, train, device)
+    state = dict(data=train, online=online, optimizer=optimizer, probe=probe)
+    state.update(target=target, average=average, scale=scale)
+    start = common.resume(args, state)
+    log = common.Log(args, start, total)
+    signals = common.Signals(args)
 
-    for step, xs, y in run.steps():
-        lr = common.set_lr(optimizer, peak * common.warmup_cosine(step, warmup, run.total))
-        with torch.no_grad(), common.autocast(args, run.device):
-            fixed = [target(x) for x in xs[:2]] if args.target else []  # (n, d) each
+    for step, xs, y in log.watch(common.batches(train, args, device, start, total)):
+        if common.evaluation_due(step, steps_per_epoch, args):
+            log(step, **common.evaluate(average, probe, bank, test, args))
+        if step == 0:
+            log.show(xs)
+        lr = args.lr * args.batch_size / 256 * common.warmup_cosine(step, warmup, total)
+        common.set_lr(optimizer, lr)
 
-        def loss_of(zs, fixed=fixed, step=step):
-            zs = torch.cat([zs, *(z[None].to(zs.dtype) for z in fixed)])  # (M, n, d)
-            c = scale(zs, args.seed, step)
-            loss, terms = hsic_loss(zs, c, args.gamma, args.kernel, args.features, args.seed, step)
-            return loss, dict(terms, c=c)
-
-        loss, terms, h, zs = run.backward(model, xs, loss_of)
+        with common.autocast(args, device):
+            h, zs = model(xs)
+        zs = zs.float()
+        if args.target:  # M = 4: predictions of both views, and the target's projections of both
+            with torch.no_grad(), common.autocast(args, device):
+                fixed = torch.stack([target(x) for x in xs[:2]])
+            zs = torch.cat([zs, fixed.float()])
+        c = scale(zs, args.seed, step)
+        loss, terms = hsic_loss(zs, c, args.gamma, args.kernel, args.features, args.seed, step, args.draws)
+        optimizer.zero_grad()
+        loss.backward()
+        gradient_norm = common.gradient_norm(online)
         optimizer.step()
         scale.optimizer.step()
         if args.target:
-            progress = (1 + math.cos(math.pi * step / run.total)) / 2
-            common.ema_update(target[0], online.backbone, 1 - (1 - args.tau) * progress)
-            common.ema_update(target[1], online.projector, 1 - (1 - args.tau) * progress)
+            momentum = 1 - (1 - args.tau) * (1 + math.cos(math.pi * step / total)) / 2
+            common.ema_update(target[0], online.backbone, momentum)
+            common.ema_update(target[1], online.projector, momentum)
         common.ema_update(average, online.backbone, min(args.ema, (1 + step) / (10 + step)))
-        run.log(loss, terms, lr, h, zs[0], y)
+        probe.step(h.float().detach(), y)
+
+        done = step + 1
+        if log.due(done):
+            spread = common.spread(h, zs[0])
+            log(done, loss=loss.detach(), **terms, c=c, lr=lr, gradient_norm=gradient_norm, **spread)
+        stop, save = signals.agree()
+        if stop or save or done % steps_per_epoch == 0:
+            common.save(args, done, state, average, loss, terms)
+        if done % steps_per_epoch == 0:
+            common.keep(args, done // steps_per_epoch)
+        if stop and done < total:
+            signals.leave()
+
+    log(total, **common.evaluate(average, probe, bank, test, args))
+    common.finish(log, signals)
 
 
 if __name__ == "__main__":

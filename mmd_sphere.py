@@ -45,28 +45,33 @@ def phi_of(t: Tensor, d: int, b, kernel: str, tau: float) -> Tensor:
     return torch.exp(-2 * tau * (1 - t)) if kernel == "rbf" else t.square()
 
 
-def mmd2(z: Tensor, b, kernel="legendre", log=False, tau=2.0, grad: Tensor | None = None) -> Tensor:
-    """MMD^2 of normalised z (n, d) over all ranks; with log, the logarithm of the mean over pairs i != j.
+def mmd2(z: Tensor, b, kernel="legendre", log=False, tau=2.0) -> tuple[Tensor, Tensor]:
+    """MMD^2 of normalised z (n, d) over all ranks, and its gradient, times W since DDP divides by W.
 
-    Leaves its gradient in grad (n, d), times W since DDP divides by W. Own rows against detached columns give
-    half of it, by symmetry. A block of rows at a time, while its part of the Gram matrix is at hand.
+    With log, the logarithm of the mean over pairs i != j. Own rows against the columns of all ranks give half
+    of the gradient, by symmetry; a block of rows at a time, while its part of the Gram matrix is at hand.
     """
-    columns, sums = common.all_gather(z), z.new_zeros(2)  # over all pairs; over i = j
+    columns = common.all_gather(z)
     (n, d), N = z.shape, len(columns)
-    for first in range(0, n, size := max(1, BLOCK // N)):
+    own = common.rank() * n
+    sums = z.new_zeros(2)  # over all pairs; over i = j
+    grad = torch.empty_like(z)
+    size = max(1, BLOCK // N)
+    for first in range(0, n, size):
         rows = slice(first, first + size)
         t = (z[rows] @ columns.mT).requires_grad_()  # (size, N)
         with torch.enable_grad():
             phi = phi_of(t, d, b, kernel, tau)
             total = phi.sum()
-        if grad is not None:
-            torch.mm(*torch.autograd.grad(total, t), columns, out=grad[rows])
-        itself = phi.detach()[:, common.rank() * n + first :].diagonal().sum()
+        torch.mm(torch.autograd.grad(total, t)[0], columns, out=grad[rows])
+        itself = phi.detach()[:, own + first :].diagonal().sum()
         sums += torch.stack([total.detach(), itself])
     total, itself = common.all_reduce(sums)
-    if grad is not None:
-        grad *= 2 * common.world() / (total - itself if log else N**2)
-    return ((total - itself) / (N * (N - 1))).log() if log else total / N**2
+    if log:
+        grad *= 2 * common.world() / (total - itself)
+        return ((total - itself) / (N * (N - 1))).log(), grad
+    grad *= 2 * common.world() / N**2
+    return total / N**2, grad
 
 
 def mmd_sphere_loss(
@@ -75,38 +80,36 @@ def mmd_sphere_loss(
     """L of embeddings zs (v, n, d), float32 or better, over all ranks, and its terms.
 
     With v > 2 views: invariance over all pairs of a global view, zs[:2], with another; MMD of the global
-    views.
+    views. The gradient is computed with the value, so that of the size of zs there are only z and the
+    gradient.
     """
-    loss, invariance, mmd = Loss.apply(zs, alpha, (b, kernel, log, tau))
+    v, n, d = zs.shape
+    norm = zs.detach().norm(dim=2, keepdim=True).clamp(min=1e-12)
+    z = zs.detach() / norm
+    grad = torch.zeros_like(z)
+
+    mmd = 0
+    for g in range(2):
+        value, gradient = mmd2(z[g], b, kernel, log, tau)
+        mmd = mmd + value / 2
+        grad[g] = gradient / 2
+
+    near = z.new_zeros(())
+    mean = 1 / (2 * (v - 1) * n * d)
+    pairs = [(0, 1), (1, 0)]
+    for other in range(2, v):
+        pairs += [(0, other), (1, other)]
+    for g, other in pairs:
+        difference = z[g] - z[other]
+        near += mean * difference.square().sum()
+        grad[g].add_(difference, alpha=2 * alpha * mean)
+        grad[other].sub_(difference, alpha=2 * alpha * mean)
+    invariance = common.all_reduce(near) / common.world()
+
+    along = (grad * z).sum(2, keepdim=True)
+    grad.addcmul_(z, along, value=-1).div_(norm)  # through the normalisation
+    loss = common.with_gradient(alpha * invariance + mmd, zs, grad)
     return loss, dict(invariance=invariance, mmd=mmd)
-
-
-class Loss(torch.autograd.Function):
-    """The gradient is computed with the value, in place: of size (v, n, d) there are only z and itself."""
-
-    @staticmethod
-    def forward(ctx, zs: Tensor, alpha: float, kernel: tuple) -> tuple[Tensor, Tensor, Tensor]:
-        v, n, d = zs.shape
-        norm = zs.norm(dim=2, keepdim=True).clamp(min=1e-12)
-        z, grad = zs / norm, torch.zeros_like(zs)
-        mmd = (mmd2(z[0], *kernel, grad[0]) + mmd2(z[1], *kernel, grad[1])) / 2
-        grad /= 2
-        near, mean = z.new_zeros(()), 1 / (2 * (v - 1) * n * d)
-        for g, o, times in [(0, 1, 2)] + [(g, o, 1) for g in (0, 1) for o in range(2, v)]:
-            apart = z[g] - z[o]  # times 2: as the pairs (0, 1) and (1, 0)
-            near += times * mean * apart.norm().square()
-            grad[g].add_(apart, alpha=2 * alpha * times * mean)
-            grad[o].sub_(apart, alpha=2 * alpha * times * mean)
-        invariance = common.all_reduce(near) / common.world()
-        along = torch.einsum("vnd,vnd->vn", grad, z)[:, :, None]
-        grad.addcmul_(z, along, value=-1).div_(norm)  # through the normalisation
-        ctx.save_for_backward(grad)
-        ctx.mark_non_differentiable(invariance, mmd)
-        return alpha * invariance + mmd, invariance, mmd
-
-    @staticmethod
-    def backward(ctx, grad: Tensor, *_):
-        return grad * ctx.saved_tensors[0], None, None
 
 
 # ------------------------------------------------------------------------------------------ recipes
@@ -118,24 +121,24 @@ RECIPES = {
         optimizer="lars", lr=0.4, wd=1e-6, warmup=10.0, alpha=40000.0, b=[1.0, 40.0, 40.0],
         hidden=[8192, 8192], dim=32768, zero_init=True,
     ),
-    "imagenet20-resnet18": dict(  # official, 260 images a class
-        arch="resnet18", stem="imagenet", size=224, views="byol", epochs=100, batch_size=2048,
+    "imagenet20-resnet18": dict(  # official, 20 % of ImageNet
+        subset=260, arch="resnet18", stem="imagenet", size=224, views="byol", epochs=100, batch_size=2048,
         optimizer="lars", lr=1.2, wd=1e-6, warmup=10.0, alpha=4000.0, b=[1.0, 40.0, 40.0],
         hidden=[8192, 8192], dim=8192, zero_init=True,
     ),
-    "cifar10": dict(  # found here: see the README for what was tried
+    "cifar10": dict(  # found here
         arch="resnet18", stem="cifar", size=32, views="cifar", epochs=800, batch_size=512,
         optimizer="adamw", lr=5e-4, wd=1e-4, warmup=10.0, alpha=2500.0, b=[1.0, 40.0, 40.0],
         hidden=[2048, 2048], dim=2048, zero_init=False,
     ),
     "demo": dict(  # minutes on two cores
         arch="resnet18", stem="imagenet", size=32, views="cifar", epochs=3, batch_size=128,
-        optimizer="adamw", lr=2e-3, wd=1e-4, warmup=0.4, alpha=400.0, b=[1.0, 40.0, 40.0],
+        optimizer="adamw", lr=2e-3, wd=1e-4, warmup=0.4, alpha=2000.0, b=[1.0, 40.0, 40.0],
         hidden=[1024], dim=512, zero_init=False, log_every=10, workers=0,
     ),
 }
 # fmt: on
-RECIPES["stl10"] = dict(RECIPES["imagenet20-resnet18"], size=64, views="auh")
+RECIPES["stl10"] = dict(RECIPES["imagenet20-resnet18"], subset=0, size=64, views="auh")
 
 
 def get_args(argv=None):
@@ -152,7 +155,6 @@ def get_args(argv=None):
     )
     add("--tau", type=common.number(float, 0), default=2.0, help="tau of the rbf kernel, exp(-2 tau (1 - t))")
     add("--log", action=argparse.BooleanOptionalAction, default=False, help="log of the mean over i != j")
-    add("--zero-init", action=argparse.BooleanOptionalAction, help="last BN gain of each residual block at 0")
     add("--hidden", type=common.number(int, 1), nargs="+", help="widths of the projector's hidden layers")
     add("--dim", type=common.number(int, 2), help="d, dimension of the embedding")
     return common.parse(parser, RECIPES, argv)
@@ -166,31 +168,63 @@ class Online(nn.Module):
 
     def __init__(self, args):
         super().__init__()
-        self.backbone, self.width = common.resnet(args.arch, args.stem, args.zero_init)
+        self.micro_batch = args.micro_batch
+        self.backbone, self.width = common.resnet(args.arch, args.stem, args.zero_init, args.init)
         self.projector = common.mlp(self.width, *args.hidden, args.dim)
 
     def forward(self, xs: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Features (v, n, D) and projections (v, n, d) of the views."""
-        hs = common.per_view(self.backbone, xs)
-        return torch.stack(hs), torch.stack(common.per_view(self.projector, hs))
+        """Features (n, D) of the first view and projections (v, n, d) of all."""
+        hs = common.per_view(self.backbone, xs, self.micro_batch)
+        return hs[0], torch.stack(common.per_view(self.projector, hs))
 
 
 def main(args):
-    run = common.Run(args, __file__)
-    online = common.prepare(Online(args), args, run.device)
-    optimizer = common.optimizer_for(online, args)
-    model = common.parallel(online, args, run.device)
-    run.begin(online.backbone, online.width, online=online, optimizer=optimizer)
-    peak, warmup = args.lr * args.batch_size / 256, args.warmup * run.epoch_steps
+    device = common.start(args, __file__)
+    train, bank, test = common.open_data(args, device)
+    steps_per_epoch = len(train) // args.batch_size
+    total = args.epochs * steps_per_epoch
+    warmup = args.warmup * steps_per_epoch
 
-    def loss_of(zs):
-        return mmd_sphere_loss(zs, args.alpha, args.b, args.kernel, args.log, args.tau)
+    online = common.prepare(Online(args), device)
+    model = common.parallel(online, args, device)
+    optimizer = common.make_optimizer(online, args)
+    probe = common.Probe(online.width, train, device)
+    state = dict(data=train, online=online, optimizer=optimizer, probe=probe)
+    start = common.resume(args, state)
+    log = common.Log(args, start, total)
+    signals = common.Signals(args)
 
-    for step, xs, y in run.steps():
-        lr = common.set_lr(optimizer, peak * common.warmup_cosine(step, warmup, run.total))
-        loss, terms, h, zs = run.backward(model, xs, loss_of)
+    for step, xs, y in log.watch(common.batches(train, args, device, start, total)):
+        if common.evaluation_due(step, steps_per_epoch, args):
+            log(step, **common.evaluate(online.backbone, probe, bank, test, args))
+        if step == 0:
+            log.show(xs)
+        lr = args.lr * args.batch_size / 256 * common.warmup_cosine(step, warmup, total, last=1e-3)
+        common.set_lr(optimizer, lr)
+
+        with common.autocast(args, device):
+            h, zs = model(xs)
+        loss, terms = mmd_sphere_loss(zs.float(), args.alpha, args.b, args.kernel, args.log, args.tau)
+        optimizer.zero_grad()
+        loss.backward()
+        gradient_norm = common.gradient_norm(online)
         optimizer.step()
-        run.log(loss, terms, lr, h, zs[0], y)
+        probe.step(h.float().detach(), y)
+
+        done = step + 1
+        if log.due(done):
+            spread = common.spread(h, zs[0])
+            log(done, loss=loss.detach(), **terms, lr=lr, gradient_norm=gradient_norm, **spread)
+        stop, save = signals.agree()
+        if stop or save or done % steps_per_epoch == 0:
+            common.save(args, done, state, online.backbone, loss, terms)
+        if done % steps_per_epoch == 0:
+            common.keep(args, done // steps_per_epoch)
+        if stop and done < total:
+            signals.leave()
+
+    log(total, **common.evaluate(online.backbone, probe, bank, test, args))
+    common.finish(log, signals)
 
 
 if __name__ == "__main__":

@@ -41,96 +41,97 @@ def music_loss(z1, z2, segment_size, weights=(1, 1, 1), temperature=1) -> tuple[
     if d % segment_size:
         raise ValueError(f"the dimension {d} is not a multiple of the segment size {segment_size}")
     N, S = n * common.world(), d // segment_size
-    p1, p2 = (torch.softmax(z.view(n, S, segment_size) / temperature, 2) for z in (z1, z2))  # (n, S, s)
+    p1 = torch.softmax(z1.view(n, S, segment_size) / temperature, 2)  # (n, S, s)
+    p2 = torch.softmax(z2.view(n, S, segment_size) / temperature, 2)
+
     same = p1 * p2
-    stats = common.all_reduce(torch.cat([same.sum(0).flatten(), log(same.sum(2)).sum().view(1)]))
-    P = stats[:-1] / N  # (d,): a = b, i = j
+    agreement = log(same.sum(2)).sum()
+    sums = common.all_reduce(torch.cat([same.sum(0).flatten(), agreement.view(1)]))
+    P = sums[:-1] / N  # (d,): a = b, i = j
     diagonal = (P * log(P)).sum() / S
-    invariance = -stats[-1] / (N * S)
-    off_diagonal = (
-        OffDiagonal.apply(p1.flatten(1), p2.flatten(1), segment_size) if S > 1 else torch.zeros_like(diagonal)
-    )
+    invariance = -sums[-1] / (N * S)
+    off_diagonal = torch.zeros_like(diagonal)
+    if S > 1:
+        p = torch.stack([p1.flatten(1), p2.flatten(1)])  # (2, n, d)
+        value, grad = between_segments(p.detach(), segment_size)
+        off_diagonal = common.with_gradient(value, p, grad)
+
     loss = weights[0] * diagonal + weights[1] * off_diagonal + weights[2] * invariance
     terms = dict(diagonal=diagonal, off_diagonal=off_diagonal, invariance=invariance)
     return loss, {name: term.detach() for name, term in terms.items()}
 
 
-class OffDiagonal(torch.autograd.Function):
-    """1/(S (S - 1)) sum of P log P over blocks a != b of P = p1^T p2 / N, for p1, p2 (n, d), over all ranks.
+def between_segments(p: Tensor, s: int) -> tuple[Tensor, Tensor]:
+    """1/(S (S - 1)) sum of P log P over blocks a != b of P = p1^T p2 / N, for p (2, n, d), over all ranks.
 
-    The gradient G = dL/dP = log P + 1 is at hand where P is, so that dL/dp1 = p2 G^T / N and dL/dp2 = p1 G /
-    N are computed in the same pass over rows of P, which is then forgotten. Each rank does its share of the
-    segments a.
+    Its gradient with respect to p comes along, times W since DDP divides by W: G = dL/dP = log P + 1 is at
+    hand where P is, so that dL/dp1 = p2 G^T / N and dL/dp2 = p1 G / N are computed in the same pass over rows
+    of P, which is then forgotten. Each rank does its share of the segments a.
     """
-
-    @staticmethod
-    def forward(ctx, p1: Tensor, p2: Tensor, s: int) -> Tensor:
-        n, d = p1.shape
-        S, W, r = d // s, common.world(), common.rank()
-        scale, mine = 1 / (S * (S - 1)), torch.arange(S).tensor_split(W)[r].tolist()
-        value, factor = p1.new_zeros(()), scale / n  # of G: 1 / n, not 1 / N, since DDP divides by W
-        if W > 1 and d < 2 * n * W:  # by P: d^2 numbers, and d^2 for G
-            P = (p1 / (n * W)).mT @ p2
-            dist.all_reduce(P)
-            G = torch.zeros_like(P)
-            for a in mine:
-                G[a * s : (a + 1) * s], part = entropy(P[a * s : (a + 1) * s], a, s, factor)
+    _, n, d = p.shape
+    S, W, r = d // s, common.world(), common.rank()
+    mine = torch.arange(S).tensor_split(W)[r].tolist()
+    value = p.new_zeros(())
+    if W > 1 and d < 2 * n * W:  # the ranks exchange P and G, d^2 numbers each
+        P = (p[0] / (n * W)).mT @ p[1]
+        dist.all_reduce(P)
+        G = torch.zeros_like(P)
+        for a in mine:
+            rows = slice(a * s, (a + 1) * s)
+            G[rows], part = entropy(P[rows], a, s)
+            value += part
+        dist.all_reduce(G)
+        grad = torch.stack([p[1] @ G.mT, p[0] @ G])
+    else:  # the ranks exchange p1 and p2, and their gradients, 2 N d numbers each
+        p1, p2 = common.all_gather(p[0]), common.all_gather(p[1])
+        grad = torch.zeros(2, n * W, d, dtype=p.dtype, device=p.device)
+        per_pass = max(1, 1024 // s)
+        for first in mine[::per_pass]:
+            rows = slice(first * s, min(first + per_pass, mine[-1] + 1) * s)
+            P = (p1[:, rows] / (n * W)).mT @ p2  # (rows, d), then G in its place
+            for a in range(first, rows.stop // s):
+                block = slice((a - first) * s, (a - first + 1) * s)
+                P[block], part = entropy(P[block], a, s)
                 value += part
-            dist.all_reduce(G)
-            grad1, grad2 = p2 @ G.mT, p1 @ G
-        else:  # by rows: 2 N d numbers for p1 and p2, and 2 N d for their gradients
-            p1, p2 = common.all_gather(p1), common.all_gather(p2)
-            grad1, grad2 = torch.zeros_like(p1), torch.zeros_like(p2)
-            per_pass = max(1, 1024 // s)
-            for first in mine[::per_pass]:
-                rows = slice(first * s, min(first + per_pass, mine[-1] + 1) * s)
-                P = (p1[:, rows] / (n * W)).mT @ p2  # (rows, d), then G in its place
-                for a in range(first, rows.stop // s):
-                    block = P[a * s - rows.start : (a + 1) * s - rows.start]
-                    block[:], part = entropy(block, a, s, factor)
-                    value += part
-                grad1[:, rows] = p2 @ P.mT
-                grad2.addmm_(p1[:, rows], P)
-            if W > 1:
-                dist.all_reduce(grad1)
-                dist.all_reduce(grad2)
-            grad1, grad2 = (grad[r * n : (r + 1) * n] for grad in (grad1, grad2))
-        ctx.save_for_backward(grad1, grad2)
+            grad[0, :, rows] = p2 @ P.mT
+            grad[1].addmm_(p1[:, rows], P)
         if W > 1:
-            dist.all_reduce(value)
-        return value * scale
+            dist.all_reduce(grad)
+        grad = grad[:, r * n : (r + 1) * n]
+    if W > 1:
+        dist.all_reduce(value)
+    scale = 1 / (S * (S - 1))
+    return value * scale, grad * (scale / n)
 
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        return *(grad * saved for saved in ctx.saved_tensors), None
 
-
-def entropy(P: Tensor, a: int, s: int, factor: float) -> tuple[Tensor, Tensor]:
-    """For segment a's rows of P (s, d), block (a, a) left out: factor (log P + 1), and sum P log P."""
+def entropy(P: Tensor, a: int, s: int) -> tuple[Tensor, Tensor]:
+    """For segment a's rows of P (s, d), block (a, a) left out: log P + 1, and sum P log P."""
     G = log(P)
     G[:, a * s : (a + 1) * s] = 0
     value = (P * G).sum()
     G += 1
     G[:, a * s : (a + 1) * s] = 0
-    return G * factor, value
+    return G, value
 
 
 # ------------------------------------------------------------------------------------------ recipes
 
 # fmt: off
 RECIPES = {
-    "imagenet": dict(
-        arch="resnet50", stem="imagenet", size=224, views="byol", epochs=100, batch_size=2048,
+    "imagenet": dict(  # of the successor's script, main_imagenet.py
+        arch="resnet50", stem="imagenet", zero_init=True, size=224, views="byol", epochs=100, batch_size=2048,
         optimizer="lars", lr=0.6, wd=1e-6, warmup=10.0, hidden=[8192], dim=8160, segment=80,
+        temperature=1.0,
     ),
     "cifar10": dict(
-        arch="resnet18", stem="cifar", size=32, views="cifar", epochs=800, batch_size=512,
+        arch="resnet18", stem="cifar", zero_init=False, size=32, views="cifar", epochs=800, batch_size=512,
         optimizer="sgd", lr=0.1, wd=5e-4, warmup=10.0, hidden=[1024, 1024], dim=1024, segment=32,
+        temperature=1.0,
     ),
     "demo": dict(  # minutes on two cores
-        arch="resnet18", stem="imagenet", size=32, views="cifar", epochs=3, batch_size=128,
-        optimizer="adamw", lr=2e-3, wd=1e-4, warmup=0.4, hidden=[1024], dim=512, segment=16,
-        log_every=10, workers=0,
+        arch="resnet18", stem="imagenet", zero_init=False, size=32, views="cifar", epochs=3, batch_size=128,
+        optimizer="adamw", lr=2e-3, wd=1e-4, warmup=0.4, hidden=[1024], dim=512, segment=8,
+        temperature=0.5, log_every=10, workers=0,
     ),
 }
 # fmt: on
@@ -141,7 +142,7 @@ def get_args(argv=None):
     parser = common.parser_for(__doc__)
     add = parser.add_argument_group("MUSIC").add_argument
     add("--segment", type=common.number(int, 1), help="s, units of a segment; divides --dim")
-    add("--temperature", type=common.number(float, 1e-3), default=1.0, help="of the softmax in a segment")
+    add("--temperature", type=common.number(float, 1e-3), help="of the softmax in a segment")
     add(
         "--weights", type=common.number(float, 0), nargs=3, default=[1.0, 1.0, 1.0], help="of the three terms"
     )
@@ -161,34 +162,72 @@ class Online(nn.Module):
 
     def __init__(self, args):
         super().__init__()
-        self.backbone, self.width = common.resnet(args.arch, args.stem)
+        self.micro_batch = args.micro_batch
+        self.backbone, self.width = common.resnet(args.arch, args.stem, args.zero_init, args.init)
         self.projector = common.mlp(self.width, *args.hidden, args.dim)
 
     def forward(self, xs: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Features (v, n, D) and projections (v, n, d) of the views."""
-        hs = common.per_view(self.backbone, xs)
-        return torch.stack(hs), torch.stack(common.per_view(self.projector, hs))
+        """Features (n, D) of the first view and projections (v, n, d) of all."""
+        hs = common.per_view(self.backbone, xs, self.micro_batch)
+        return hs[0], torch.stack(common.per_view(self.projector, hs))
+
+
+def loss_of(zs, args):
+    """Over the two global views; local crops are pulled to both."""
+    pairs = [(0, 1)]
+    for local in range(2, len(zs)):
+        pairs += [(0, local), (1, local)]
+    losses = [music_loss(zs[a], zs[b], args.segment, args.weights, args.temperature) for a, b in pairs]
+    return torch.stack([loss for loss, _ in losses]).mean(), losses[0][1]
 
 
 def main(args):
-    run = common.Run(args, __file__)
-    online = common.prepare(Online(args), args, run.device)
-    optimizer = common.optimizer_for(online, args)
-    model = common.parallel(online, args, run.device)
-    run.begin(online.backbone, online.width, online=online, optimizer=optimizer)
-    peak, warmup = args.lr * args.batch_size / 256, args.warmup * run.epoch_steps
+    device = common.start(args, __file__)
+    train, bank, test = common.open_data(args, device)
+    steps_per_epoch = len(train) // args.batch_size
+    total = args.epochs * steps_per_epoch
+    warmup = args.warmup * steps_per_epoch
 
-    def loss_of(zs):
-        """Over the two global views; local crops are pulled to both."""
-        pairs = [(0, 1)] + [(g, v) for v in range(2, len(zs)) for g in (0, 1)]
-        losses = [music_loss(zs[a], zs[b], args.segment, args.weights, args.temperature) for a, b in pairs]
-        return torch.stack([loss for loss, _ in losses]).mean(), losses[0][1]
+    online = common.prepare(Online(args), device)
+    model = common.parallel(online, args, device)
+    optimizer = common.make_optimizer(online, args)
+    probe = common.Probe(online.width, train, device)
+    state = dict(data=train, online=online, optimizer=optimizer, probe=probe)
+    start = common.resume(args, state)
+    log = common.Log(args, start, total)
+    signals = common.Signals(args)
 
-    for step, xs, y in run.steps():
-        lr = common.set_lr(optimizer, peak * common.warmup_cosine(step, warmup, run.total, last=1e-3))
-        loss, terms, h, zs = run.backward(model, xs, loss_of)
+    for step, xs, y in log.watch(common.batches(train, args, device, start, total)):
+        if common.evaluation_due(step, steps_per_epoch, args):
+            log(step, **common.evaluate(online.backbone, probe, bank, test, args))
+        if step == 0:
+            log.show(xs)
+        lr = args.lr * args.batch_size / 256 * common.warmup_cosine(step, warmup, total, last=1e-3)
+        common.set_lr(optimizer, lr)
+
+        with common.autocast(args, device):
+            h, zs = model(xs)
+        loss, terms = loss_of(zs.float(), args)
+        optimizer.zero_grad()
+        loss.backward()
+        gradient_norm = common.gradient_norm(online)
         optimizer.step()
-        run.log(loss, terms, lr, h, zs[0], y)
+        probe.step(h.float().detach(), y)
+
+        done = step + 1
+        if log.due(done):
+            spread = common.spread(h, zs[0])
+            log(done, loss=loss.detach(), **terms, lr=lr, gradient_norm=gradient_norm, **spread)
+        stop, save = signals.agree()
+        if stop or save or done % steps_per_epoch == 0:
+            common.save(args, done, state, online.backbone, loss, terms)
+        if done % steps_per_epoch == 0:
+            common.keep(args, done // steps_per_epoch)
+        if stop and done < total:
+            signals.leave()
+
+    log(total, **common.evaluate(online.backbone, probe, bank, test, args))
+    common.finish(log, signals)
 
 
 if __name__ == "__main__":

@@ -113,10 +113,7 @@ def costs(n, d):
         "mmd_sphere": lambda zs: mmd_sphere.mmd_sphere_loss(zs, 1.0, [1, 2, 3]),
     }
     moved, found, in_place = [0], [], {torch.ops.aten.addmm_: lambda c, a, b, **_: 2 * a[0] * a[1] * b[1]}
-    names, count = (
-        ("all_reduce", common.GATHER),
-        lambda x: moved.__setitem__(0, moved[0] + x.numel()),
-    )
+    names, count = (("all_reduce", common.GATHER), lambda x: moved.__setitem__(0, moved[0] + x.numel()))
     originals = [getattr(dist, name) for name in names]
     for name, original in zip(names, originals, strict=True):
         setattr(dist, name, lambda x, *rest, original=original: (count(x), original(x, *rest)))

@@ -1,171 +1,166 @@
-"""Randomness without state, and each augmentation against torchvision's own."""
-
-import math
+"""Random numbers without state, and each augmentation against torchvision's own."""
 
 import pytest
 import torch
-import torchvision.transforms as T
 import torchvision.transforms.functional as TF
-from conftest import ROOT  # noqa: F401
-from torchvision.transforms.functional import InterpolationMode
+from conftest import TINY
+from torchvision.transforms import InterpolationMode, RandomResizedCrop
 
 import common
+import music
 
 BICUBIC = InterpolationMode.BICUBIC
+CPU = torch.device("cpu")
+CHOICES = "flip jitter brightness contrast saturation hue unused gray blur sigma solarise".split()
 
 
 @pytest.fixture
 def images():
     torch.manual_seed(1)
-    smooth = torch.nn.functional.interpolate(torch.rand(12, 3, 6, 7), (40, 48), mode="bicubic").clamp(0, 1)
-    return ((smooth * 0.9 + 0.1 * torch.rand(12, 3, 40, 48)) * 255).round().byte()
+    return torch.rand(6, 3, 40, 48)
 
 
-def test_uniform_is_the_same_for_ints_and_tensors_and_looks_uniform():
+@pytest.fixture
+def files(folder):
+    return common.list_folder(folder / "train")
+
+
+def uniforms(n, **choices):
+    """Uniforms (n, 64) of a view that decide for `choices`, a number or (n,) each, and against all else."""
+    u = torch.full((n, 64), 0.999, dtype=torch.double)
+    for name, value in choices.items():
+        u[:, 40 + CHOICES.index(name)] = value
+    return u
+
+
+def steps_of(images, start, stop, *flags):
+    args = music.get_args([*TINY, *flags])
+    return list(common.batches(images, args, CPU, start, stop))
+
+
+def test_uniform_is_what_it_was_in_earlier_versions_and_each_of_its_parts_counts():
     index = torch.arange(20000)
-    u = common.uniform(3, 7, index, 5)
-    assert [common.uniform(3, 7, i, 5) for i in range(50)] == u[:50].tolist()
-    assert common.uniform(2**62, 0, 1, -1) == common.uniform(2**62, 0, torch.tensor([1]), -1).item()
+    parts = [(3, 7, index, 5), (4, 7, index, 5), (3, 8, index, 5), (3, 7, index + 1, 5)]
+    u = torch.stack([common.uniform(*some) for some in parts])
+    assert common.uniform(3, 7, 1, 5) == u[0, 1] == 0.0768374433883563
     assert 0 <= u.min() and u.max() < 1
-    assert abs(u.mean() - 0.5) < 0.01 and abs(u.var() - 1 / 12) < 0.003
-    others = [
-        common.uniform(4, 7, index, 5),
-        common.uniform(3, 8, index, 5),
-        common.uniform(3, 7, index, 6),
-        u.roll(1),
-    ]
-    for other in others:  # each argument counts, and neighbours are uncorrelated
-        assert abs(torch.corrcoef(torch.stack([u, other]))[0, 1]) < 0.03
+    choices = common.draw(3, 7, index[:4000], 2).flatten(1).mT
+    for sample, error in [(u, 0.03), (choices, 0.08)]:
+        assert (torch.corrcoef(sample) - torch.eye(len(sample))).abs().max() < error
+        assert (sample.mean(1) - 0.5).abs().max() < error and (sample.var(1) * 12 - 1).abs().max() < error
 
 
-def test_crop_is_torchvisions_antialiased_bicubic_crop(images):
-    boxes = torch.tensor(
-        [[0, 0, 40, 48], [3, 5, 30, 20], [10, 0, 8, 11], [39, 47, 1, 1], [2, 2, 35, 44], [0, 20, 16, 16]]
+@pytest.mark.parametrize("size", [8, 16, 32, 60])
+def test_crop_is_torchvisions_antialiased_bicubic_crop(size, images):
+    pixels = (images * 255).byte()
+    boxes = [[0, 0, 40, 48], [3, 5, 30, 20], [10, 0, 8, 11], [39, 47, 1, 1], [2, 2, 35, 44], [0, 20, 16, 16]]
+    crops = common.crop(pixels, torch.tensor(boxes).float(), size)
+    for image, box, x in zip(pixels / 255, boxes, crops, strict=True):
+        wanted = TF.resized_crop(image, *box, [size, size], BICUBIC)
+        assert (x - wanted.clamp(0, 1)).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("area", [(0.08, 1), (0.5, 1), (0.05, 0.14)])
+@pytest.mark.parametrize("sides", [(32, 32), (375, 500), (400, 20), (1, 1)])
+def test_crop_boxes_have_the_moments_of_random_resized_crop(sides, area):
+    torch.manual_seed(0)
+    u = common.draw(0, 0, torch.arange(1500), 1)[:, 0].tolist()
+    boxes = torch.tensor([common.crop_box(row, *sides, area) for row in u]).double()
+    image = torch.empty(3, *sides)
+    theirs = torch.tensor([RandomResizedCrop.get_params(image, area, (3 / 4, 4 / 3)) for _ in u]).double()
+    for a, b in [(boxes, theirs), (boxes**2, theirs**2)]:
+        assert ((a.mean(0) - b.mean(0)).abs() <= 0.15 * b.std(0) + 1e-9).all()
+    assert common.crop_box([0.5] * 40, 100, 100, (0.25, 0.25)) == (25, 25, 50, 50)
+    top, left, h, w = boxes.mT
+    assert boxes.min() >= 0 and min(h.min(), w.min()) > 0
+    assert (top + h).max() <= sides[0] and (left + w).max() <= sides[1]
+
+
+@pytest.mark.parametrize("size, resize", [(32, 36), (64, 73), (224, 256)])
+@pytest.mark.parametrize("width", [40, 41, 48])
+def test_the_centre_is_torchvisions_resize_and_centre_crop(size, resize, width, images):
+    pixels = (images[..., :width] * 255).byte()
+    x = common.centre(pixels, common.View(size=size, resize=resize))
+    wanted = TF.center_crop(TF.resize(pixels / 255, resize, BICUBIC), size)
+    assert (x - wanted.clamp(0, 1)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("order", common.ORDERS, ids=" ".join)
+def test_jitter_is_torchvisions_in_every_order_with_factors_of_each_image(order, images):
+    strengths = dict(brightness=0.9, contrast=0.8, saturation=0.7, hue=0.3)
+    view = common.AUH._replace(jitter=tuple(strengths.values()), jitter_p=0.8)
+    choices = {name: torch.rand(6) for name in strengths}
+    x = common.augment(images, uniforms(6, jitter=0.79, **choices), view, order)
+    for i, image in enumerate(images):
+        for name in order:
+            change = strengths[name] * float(2 * choices[name][i] - 1)
+            factor = change if name == "hue" else 1 + change
+            image = getattr(TF, f"adjust_{name}")(image, factor)
+        assert (x[i] - image).abs().max() < 1e-5
+
+
+CHANGES = {  # their probability in the second view of byol, and what they are at the middle of all sigmas
+    "flip": (0.5, TF.hflip),
+    "gray": (0.2, lambda x: TF.rgb_to_grayscale(x, 3)),
+    "solarise": (0.2, lambda x: TF.solarize(x, 128 / 255)),
+    "blur": (0.1, lambda x: TF.gaussian_blur(x, [39, 39], [1.05, 1.05])),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_each_change_is_torchvisions_on_its_share_of_the_images(change, images):
+    p, changed = CHANGES[change]
+    images = images[..., :40]
+    u = uniforms(6, sigma=0.5, **{change: torch.tensor([p + 0.01] * 3 + [p - 0.01] * 3)})
+    x = common.augment(images, u, common.VIEWS["byol"][1], common.ORDERS[0])
+    assert (x - torch.cat([images[:3], changed(images[3:])])).abs().max() < 1e-4
+
+
+def test_normalise_is_torchvisions(images):
+    wanted = TF.normalize(images, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    assert (common.normalise(images) - wanted).abs().max() < 1e-5
+
+
+def test_an_order_of_jitter_is_of_a_step_and_a_view(files, monkeypatch):
+    orders = []
+    monkeypatch.setattr(common, "augment", lambda x, u, view, order: orders.append(order) or x)
+    steps_of(files, 0, 12)
+    assert len(orders) == 24 and len(set(orders[::2])) > 5 and orders[::2] != orders[1::2]
+
+
+@pytest.mark.parametrize("memory", [False, True])
+def test_views_depend_neither_on_ranks_nor_workers_and_little_on_where_images_are(memory, files, monkeypatch):
+    flags = ["--local-crops", "2", "--workers"]
+    images = common.to_memory(files, CPU) if memory else files
+    runs = [steps_of(files, 1, 5, *flags, "0"), steps_of(images, 1, 5, *flags, "0")]
+    monkeypatch.setattr(common, "world", lambda: 2)
+    for rank in (0, 1):
+        monkeypatch.setattr(common, "rank", lambda rank=rank: rank)
+        runs.append(steps_of(images, 1, 5, *flags, "2"))
+    for (_, as_files, _), (_, xs, y), *halves in zip(*runs, strict=True):
+        assert torch.equal(y, torch.cat([labels for _, _, labels in halves]))
+        for x, other, *parts in zip(xs, as_files, *[views for _, views, _ in halves], strict=True):
+            assert len(parts[0]) == 8 and torch.equal(x, torch.cat(parts))
+            assert (x - other).abs().mean() * 0.225 * 255 < 3  # levels; solarisation makes many of one
+
+
+def test_every_epoch_has_every_image_once_in_another_order_from_wherever_it_begins():
+    args = music.get_args([*TINY, "--batch-size", "20"])
+    index = torch.stack([index for _, _, index in common.epoch_order(110, args, 0, 10)]).view(2, 100)
+    assert [len(set(order)) for order in index.tolist()] == [100, 100]
+    assert not torch.equal(*index)
+    assert torch.equal(next(common.epoch_order(110, args, 7, 8))[2], index[1, 40:60])
+
+
+def test_local_crops_are_small_and_have_the_first_views_colours_but_no_solarisation(files):
+    flags = ["--views", "simclr", "--local-crops", "6"]
+    first, second, *local = common.views_of(music.get_args([*TINY, *flags, "--size", "224"]))
+    colours = dict(
+        jitter=(0.8, 0.8, 0.8, 0.2), jitter_p=0.8, gray_p=0.2, flip_p=0.5, blur_p=0.5, solarise_p=0
     )
-    for size in (8, 16, 32, 60):
-        mine = common.crop(images[:6], boxes, size)
-        for image, (t, l, h, w), got in zip(images, boxes.tolist(), mine, strict=False):
-            want = TF.resized_crop(image.float() / 255, t, l, h, w, [size, size], BICUBIC, antialias=True)
-            assert (got - want.clamp(0, 1)).abs().max() < 1e-3
-
-
-def test_crop_boxes_follow_torchvisions_random_resized_crop():
-    for height, width, scale in (
-        (32, 32, (0.08, 1)),
-        (375, 500, (0.2, 1)),
-        (400, 20, (0.5, 1)),
-        (1, 1, (0.08, 1)),
-    ):
-        n = 4000
-        u = common.draw(0, 0, torch.arange(n), 0)
-        mine = common.crop_boxes(u, torch.full((n,), height), torch.full((n,), width), scale).double()
-        torch.manual_seed(0)
-        image, ratio = torch.empty(3, height, width), (3 / 4, 4 / 3)
-        theirs = torch.tensor(
-            [T.RandomResizedCrop.get_params(image, scale, ratio) for _ in range(n)]
-        ).double()
-        error = 4 * (theirs.var(0) / n * 2).sqrt() + 1e-9
-        assert ((mine.mean(0) - theirs.mean(0)).abs() <= error).all(), (height, width)
-        assert ((mine.std(0) - theirs.std(0)).abs() <= 2 * error).all(), (height, width)
-        assert (
-            (mine[:, 0] + mine[:, 2] <= height).all()
-            and (mine[:, 1] + mine[:, 3] <= width).all()
-            and (mine[:, 2:] > 0).all()
-        )
-
-
-def test_jitter_is_torchvisions_in_every_order(images):
-    x = images[:, :, :40, :40].float() / 255
-    torch.manual_seed(2)
-    factor = torch.stack(
-        [torch.rand(12) * 2, torch.rand(12) * 2, torch.rand(12) * 2, torch.rand(12) - 0.5], 1
-    )
-    order = torch.stack([torch.randperm(4) for _ in range(12)])
-    mine = common.jitter(x.clone(), order, factor.gather(1, order))
-    steps = [TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue]
-    for image, turn, f, got in zip(x, order.tolist(), factor.tolist(), mine, strict=True):
-        for kind in turn:
-            image = steps[kind](image, f[kind])
-        assert (got - image).abs().max() < 1e-5
-
-
-def test_blur_is_the_true_gaussian_with_reflection(images):
-    x, sigma = images[:3, :, :40, :40].float() / 255, torch.tensor([0.1, 1.0, 2.0])
-    for image, s, got in zip(x, sigma.tolist(), common.gaussian_blur(x, sigma), strict=True):
-        want = TF.gaussian_blur(image, [39, 39], [s, s])
-        assert (got - want).abs().max() < 1e-4
-
-
-def test_gray_flip_solarise_are_torchvisions(images):
-    x = images[:4, :, :40, :40].float() / 255
-    off, on = torch.zeros(4, dtype=torch.bool), torch.ones(4, dtype=torch.bool)
-    p = dict(flip=off, gray=off, blur=off, solarise=off, sigma=torch.ones(4))
-    p |= dict(order=torch.arange(4).expand(4, 4), factor=torch.tensor([1.0, 1, 1, 0]).expand(4, 4))
-    assert torch.equal(common.augment(x, p), x)
-    assert torch.equal(common.augment(x, p | dict(flip=on)), TF.hflip(x))
-    assert (common.augment(x, p | dict(gray=on)) - TF.rgb_to_grayscale(x, 3)).abs().max() < 1e-6
-    assert torch.equal(common.augment(x, p | dict(solarise=on)), TF.solarize(x, 128 / 255))
-    want = TF.normalize(x, common.MEAN, common.STD)
-    assert (common.normalise(x) - want).abs().max() < 1e-6
-
-
-def test_drawn_parameters_have_torchvisions_moments():
-    view = common.VIEWS["byol"][1]._replace(jitter=(0.4, 1.4, 0.2, 0.1))
-    n = 40000
-    p = common.photometric(common.draw(0, 3, torch.arange(n), 1), view)
-    factor = torch.empty(n, 4).scatter_(1, p["order"], p["factor"])
-    on = (factor != torch.tensor([1.0, 1, 1, 0])).any(1)
-    close = lambda value, want, spread: abs(float(value) - want) < 5 * spread / math.sqrt(n)  # noqa: E731
-    assert close(on.float().mean(), 0.8, 0.4)
-    for column, low, high in ((0, 0.6, 1.4), (1, 0, 2.4), (2, 0.8, 1.2), (3, -0.1, 0.1)):
-        drawn = factor[on, column]
-        assert low <= drawn.min() and drawn.max() <= high
-        assert close(drawn.mean(), (low + high) / 2, (high - low) / 3) and close(
-            drawn.std(), (high - low) / 12**0.5, high - low
-        )
-    for kind in range(4):  # every operation is as often in every place
-        assert all(close((p["order"][:, slot] == kind).float().mean(), 0.25, 0.44) for slot in range(4))
-    for name, want in (("flip", 0.5), ("gray", 0.2), ("blur", 0.1), ("solarise", 0.2)):
-        assert close(p[name].float().mean(), want, 0.5)
-    assert close(p["sigma"].mean(), 1.05, 0.55) and 0.1 <= p["sigma"].min() and p["sigma"].max() <= 2
-    independent = torch.corrcoef(
-        torch.stack([p["flip"].float(), p["gray"].float(), p["sigma"], factor[:, 0], factor[:, 3]])
-    )
-    assert (independent - torch.eye(5)).abs().max() < 0.03
-
-
-def test_files_and_memory_give_the_same_views_to_a_few_levels(folder, monkeypatch):
-    import hsic
-
-    flags = "--recipe demo --batch-size 16 --size 16 --workers 2 --local-crops 2 --views byol --device cpu"
-    args = hsic.get_args(["--data", str(folder), *flags.split()])
-    files = common.list_folder(folder, folder / "none").train
-    cpu = torch.device("cpu")
-    kept = [
-        batch
-        for batch, _ in zip(
-            common.view_batches(common.to_memory(files, cpu), args, cpu, 1, 5), range(4), strict=False
-        )
-    ]
-    streamed = list(common.view_batches(files, args, cpu, 1, 5))
-    assert len(kept) == len(streamed) == 4
-    for (a, ya), (b, yb) in zip(kept, streamed, strict=True):
-        assert torch.equal(ya, yb)
-        assert [x.shape[-1] for x in a] == [16, 16, 12, 12] and all(
-            x.is_contiguous(memory_format=torch.channels_last) for x in a
-        )
-        difference = torch.stack([(x - y).abs().mean() for x, y in zip(a, b, strict=True)]) * 0.225 * 255
-        assert difference.max() < 3, (
-            difference
-        )  # levels; solarisation turns a level at its threshold into many
-
-
-def test_every_epoch_has_every_image_once_and_no_two_orders_agree():
-    seen = [
-        torch.cat([index for _, index in common.Batches(100, 20, 0, epoch * 5, epoch * 5 + 5)])
-        for epoch in (0, 1)
-    ]
-    assert all(torch.equal(order.sort()[0], torch.arange(100)) for order in seen)
-    assert not torch.equal(*seen)
-    _, third = list(common.Batches(100, 20, 0, 0, 5))[3]
-    assert torch.equal(third, next(iter(common.Batches(100, 20, 0, 3, 5)))[1])
+    assert first == second == common.View(area=(0.14, 1), size=224, **colours)
+    assert local == [common.View(area=(0.05, 0.14), size=96, **colours)] * 6
+    _, xs, _ = steps_of(files, 0, 1, *flags)[0]
+    assert [x.shape[2] for x in xs] == [16, 16] + 6 * [12] and not torch.equal(xs[2], xs[3])
+    byol = common.views_of(music.get_args([*TINY, "--local-crops", "1"]))
+    assert byol[2].blur_p == 0.5 and byol[2].solarise_p == 0

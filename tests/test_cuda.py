@@ -1,0 +1,186 @@
+"""The path to a GPU, without one: tensors that say cuda:0 and have their values in the memory of the CPU.
+
+Operands must be on one device; what ranks exchange, there and contiguous. Kernels, copies and where the host
+waits are counted. The other ranks do as rank 0 does; NCCL, DDP and SyncBN are not simulated.
+"""
+
+import os
+import sys
+from collections import Counter
+from importlib import import_module
+from unittest.mock import Mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import ROOT, read_log, train
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+import common
+
+CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
+WAITS = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_linalg_check_errors"}
+counts = Counter()  # of kernels, copies and, as FILE:LINE, waits
+
+
+def wait():
+    frame = sys._getframe()
+    while frame and os.path.dirname(frame.f_code.co_filename) != str(ROOT):
+        frame = frame.f_back
+    counts[f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}" if frame else "a test"] += 1
+
+
+class Simulated(Tensor):
+    """To Python it says cuda:0. For C++, which would look for a driver, it is on the CPU."""
+
+    device = CUDA
+    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_dispatch__ = classmethod(lambda *_: pytest.fail("outside of Mode"))
+    __repr__ = lambda self, **_: "simulated"
+    cpu = lambda self: self.to(CPU)
+
+    def __new__(cls, values):
+        layout = dict(strides=values.stride(), storage_offset=values.storage_offset(), dtype=values.dtype)
+        tensor = Tensor._make_wrapper_subclass(cls, values.size(), device="cpu", **layout)
+        tensor.values = values
+        return tensor
+
+    def to(self, *args, **kwargs):
+        device, dtype, _, memory_format = torch._C._nn._parse_to(*args, **kwargs)
+        if device == CPU:
+            wait()
+            return self.values.detach().clone()
+        return super().to(dtype=dtype or self.dtype, memory_format=memory_format or torch.preserve_format)
+
+
+class Mode(TorchDispatchMode):
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        """Do an operation on the values, having checked and counted what a GPU would do."""
+        kwargs = kwargs or {}
+        name, leaves = op._schema.name.removeprefix("aten::"), tree_leaves((args, kwargs))
+        here = [x for x in leaves if isinstance(x, Tensor) and not isinstance(x, Simulated) and x.ndim]
+        there = [x for x in leaves if isinstance(x, Simulated)]
+        result_here = name == "copy_" and not isinstance(args[0], Simulated)
+        if not there and not any(isinstance(x, torch.device) and x.type == "cuda" for x in leaves):
+            return op(*args, **kwargs)
+        indexing = name in ("index", "index_put_", "_index_put_impl_") and isinstance(args[0], Simulated)
+        if name == "_to_copy" and not there or name == "copy_" and (here or result_here):
+            counts["copies"] += 1
+            if not kwargs.get("non_blocking") and args[2:] != (True,):
+                wait()
+        elif here and there and not indexing:
+            raise RuntimeError(f"{name}: not all on one device, {[x.shape for x in here]} on the CPU")
+        if name in WAITS or indexing and (here or any(x.dtype == torch.bool for x in there[1:])):
+            wait()
+        view = any(x.alias_info and not x.alias_info.is_write for x in op._schema.returns)
+        counts["kernels"] += not view and "empty" not in name and name != "_unsafe_view"
+        known = {id(x.values): x for x in there}
+        args, kwargs = tree_map_only(Simulated, lambda x: x.values, (args, kwargs))
+        args, kwargs = tree_map_only(torch.device, lambda _: CPU, (args, kwargs))
+        result = op(*args, **kwargs)
+        wrap = lambda x: known[id(x)] if id(x) in known else Simulated(x)
+        return result if result_here else tree_map_only(Tensor, wrap, result)
+
+
+@pytest.fixture
+def world(request, monkeypatch):
+    """There are GPUs, few images and, with more than one rank, others that hold the same as this one."""
+
+    def exchange(out, x):
+        if {type(out), type(x)} != {Simulated} or not (out.is_contiguous() and x.is_contiguous()):
+            raise RuntimeError(f"{x.shape} is exchanged, and not contiguous or not on the device")
+        out.view(-1, x.numel()).copy_(x.flatten() if out is not x else request.param * x.flatten())
+
+    def fake(where, **values):
+        for name, value in values.items():
+            monkeypatch.setattr(where, name, value if callable(value) else Mock(return_value=value))
+
+    fake(torch.cuda, is_available=True, device_count=8, is_bf16_supported=True, get_device_name="simulated")
+    fake(torch.cuda, set_device=None, manual_seed_all=None, _lazy_init=None)
+    if request.param > 1:
+        fake(dist, is_initialized=True, get_rank=0, get_world_size=request.param, broadcast_object_list=None)
+        fake(dist, init_process_group=None, destroy_process_group=None, all_gather_single=exchange)
+        fake(dist, all_reduce=lambda x, op=None, group=None: None if group else exchange(x, x))
+        fake(nn.parallel, DistributedDataParallel=lambda net, **_: net)
+        fake(nn.SyncBatchNorm, forward=nn.BatchNorm2d.forward)
+    save, draw_patterns = torch.save, common.draw_patterns
+    fake(torch, save=lambda x, file: save(tree_map_only(Simulated, Simulated.cpu, x), file))
+    fake(common, cpu_group="gloo", draw_patterns=lambda n, split: draw_patterns(n // 78, split))
+    fake(torch.optim.Optimizer, _accelerator_graph_capture_health_check=None)
+    monkeypatch.setattr(torch.__future__, "_swap_module_params_on_conversion", True)
+    torch._C._set_only_lift_cpu_tensors(True)
+    with Mode():
+        yield request.param
+    torch._C._set_only_lift_cpu_tensors(False)
+    common.constant.cache_clear()
+
+
+def costs_of(steps, monkeypatch, name, *flags):
+    """Run up to so many steps; for each the counts of making its views, and of all of it."""
+    costs, batches = [], common.batches
+
+    def counted(*args):
+        for batch in batches(*args):
+            views = counts.copy()
+            yield batch
+            costs.append((views, counts.copy()))
+            counts.clear()
+            if len(costs) == steps:
+                return
+
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "batches", counted)
+        flags = ["--device", "cuda", "--batch-size", 32, "--log-every", 100, *flags]
+        assert train(*flags, module=import_module(name)) == 0
+    return costs
+
+
+CROPS = "--local-crops 2 --micro-batch"
+RUNS = [
+    (1, "hsic", ""),
+    (8, "hsic", f"--features 64 --draws 16 --target --scale adam --optimizer lars {CROPS} 2"),
+    (1, "corinfomax", "--optimizer sgd"),
+    (8, "corinfomax", "--objective ldmi --micro-batch 2"),
+    (1, "music", f"--segment 4 {CROPS} 16"),
+    (8, "music", "--segment 4"),
+    (8, "music", "--segment 4 --dim 128"),
+    (1, "mmd_sphere", "--kernel rbf --log"),
+    (8, "mmd_sphere", f"{CROPS} 2"),
+]
+
+
+@pytest.mark.parametrize("world, name, flags", RUNS, indirect=["world"])
+def test_a_step_does_not_wait_for_the_device_nor_does_a_resumed_one(
+    world, name, flags, tmp_path, monkeypatch
+):
+    """Of two epochs of two steps the third neither logs nor saves."""
+    run = [monkeypatch, name, *flags.split(), "--out", tmp_path]
+    views = 4 if CROPS in flags else 2
+    for making, all_of_it in (costs_of(3, *run)[2], costs_of(2, *run)[0]):
+        assert all_of_it.keys() == {"kernels", "copies"}  # else it names where the host waits
+        assert making["kernels"] <= 150 * views and all_of_it["copies"] <= 4 * views
+    assert 0 <= read_log(tmp_path)[-1]["knn"] <= 1
+
+
+MISTAKES = [
+    lambda x: common.all_gather(torch.arange(3)),
+    lambda x: common.all_reduce(torch.ones(3)),
+    lambda x: (x * torch.ones(3)).sum(),
+    lambda x: torch.ones(3)[x[0].long()],
+    lambda x: dist.all_gather_single(x.new_empty(24, 2), x.mT),
+]
+
+
+@pytest.mark.parametrize("world", [8], indirect=True)
+def test_mistakes_are_noticed(world):
+    x = torch.ones(2, 3, device=CUDA)
+    for mistake in MISTAKES:
+        with pytest.raises(RuntimeError, match="device"):
+            mistake(x)
+    counts.clear()
+    results = x.sum().item(), float(x.sum()), x[x > 2], x[torch.arange(1)], torch.tensor([1.0], device=CUDA)
+    assert counts["a test"] == len(results)
+    torch.ones(3).to(CUDA, non_blocking=True)
+    assert counts["a test"] == len(results) and counts["copies"] == 2
