@@ -1286,7 +1286,7 @@ def finish(log, signals):
     accuracies = re.findall(r'"knn": ([0-9.e-]+)', (out / "log.jsonl").read_text())
     if accuracies:
         first, last = 100 * float(accuracies[0]), 100 * float(accuracies[-1])
-        print(f"kNN accuracy: {first:.1f} % at initialisation, {last:.1f} % after {log.args.epochs} epochs")
+        print(f"kNN accuracy: {first:.1f} % at initialisation, {last:.1f} % now")
     print(f"{out}: backbone.pth (torchvision's names), checkpoint.pt, log.jsonl, args.json")
     data = f" --data {log.args.data}" if log.args.data else ""
     print(

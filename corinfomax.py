@@ -114,7 +114,7 @@ RECIPES = {  # the official commands; --lr is absolute
     ),
     "demo": dict(  # minutes on two cores
         arch="resnet18", stem="imagenet", size=32, views="cifar", epochs=3, batch_size=128,
-        optimizer="adamw", lr=1e-3, wd=1e-4, warmup=0.4, first_lr=0.0, last_lr=0.0, eps=1e-8,
+        optimizer="adamw", lr=2e-3, wd=1e-4, warmup=0.4, first_lr=0.0, last_lr=0.0, eps=1e-8,
         zero_init=False, alpha=250.0, forget=0.01, hidden=[1024], dim=64, norm=True, log_every=10, workers=0,
     ),
 }

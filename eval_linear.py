@@ -178,8 +178,8 @@ def find_resnet(args, weights):
 def preference(prefix):
     """Sorts first what is published: averages and DINO's teacher; last, targets and momentum encoders."""
     if re.search("average|teacher", prefix):
-        return 0
-    return 2 if re.search("target|momentum|encoder_k|key", prefix) else 1
+        return 0, prefix
+    return 2 if re.search("target|momentum|encoder_k|key", prefix) else 1, prefix
 
 
 def below(weights, prefix):
@@ -364,9 +364,10 @@ def write_sheet(path, data, neighbours):
         line = [tests[0, query]]
         line += [bank[0, row] for row in neighbours[query, :9].tolist()]
         for (picture,), label, _ in line:
-            tiles.append(picture if label == line[0][1] else picture // 4)
+            right = label == line[0][1]
+            tiles.append(picture.cpu() // (1 if right else 4))
     sheet = torchvision.utils.make_grid(tiles, nrow=len(line), padding=2, pad_value=255)
-    png = torchvision.io.encode_png(sheet.cpu()).numpy()
+    png = torchvision.io.encode_png(sheet).numpy()
     common.write(path, lambda file: file.write(png.tobytes()))
 
 

@@ -15,8 +15,8 @@ Niu, Wang 2022, arXiv 2206.06461. The code was not released; the numbers are tho
     python music.py                                                 built-in images, minutes on a CPU
     torchrun --nproc_per_node 8 music.py --data /imagenet           the published recipe
 
-Other than in that code: P is never held in memory, and its d x d numbers are shared among ranks;
-probabilities are clamped at 1e-30 in logarithms, not at 1e-8.
+Other than in that code: P, of d x d numbers, is shared among ranks, and one process holds some rows of it at a
+time; probabilities are clamped at 1e-30 in logarithms, not at 1e-8.
 """
 
 import torch
@@ -118,7 +118,7 @@ def entropy(P: Tensor, a: int, s: int) -> tuple[Tensor, Tensor]:
 
 # fmt: off
 RECIPES = {
-    "imagenet": dict(  # of the successor's script, main_imagenet.py
+    "imagenet": dict(  # of the successor's scripts, imsvd.py and job_imsvd.sh
         arch="resnet50", stem="imagenet", zero_init=True, size=224, views="byol", epochs=100, batch_size=2048,
         optimizer="lars", lr=0.6, wd=1e-6, warmup=10.0, hidden=[8192], dim=8160, segment=80,
         temperature=1.0,

@@ -1,38 +1,33 @@
 """What things cost, side by side: all sides of a comparison take turns in one process.
 
-    python tests/bench.py                      reduced sizes, minutes on two CPU cores; on a GPU if there is one
-    python tests/bench.py --full               the official sizes
-    python tests/bench.py --only d --full      on a GPU: the training step of each method, in ten minutes
-    python tests/bench.py --only a --images FOLDER --json bench.json
+    python tests/bench.py                    reduced sizes, minutes on two CPU cores; on a GPU if there is one
+    python tests/bench.py --only d --full    on a GPU: the training step of each method, in ten minutes
 
-Times are medians over the rounds; ratios are medians of the ratios of each round.
+Seconds are medians over the rounds; a ratio is the median of the rounds' ratios to the first side's time.
 """
 
 import argparse
 import contextlib
-import copy
 import ctypes
 import gc
 import io
-import itertools
 import json
 import math
 import os
-import random
 import resource
-import statistics
 import sys
 import tempfile
 import time
 from functools import partial
+from operator import truediv
 from pathlib import Path
+from statistics import median
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
 import torchvision.transforms as T
 from PIL import Image, ImageFilter
-from torchvision.io import write_jpeg
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
@@ -40,8 +35,6 @@ import corinfomax
 import hsic
 import mmd_sphere
 import music
-
-METHODS = dict(hsic=hsic, corinfomax=corinfomax, music=music, mmd_sphere=mmd_sphere)
 
 
 @contextlib.contextmanager
@@ -60,174 +53,248 @@ def timed(device, times):
         times.append(begin.elapsed_time(end) / 1e3)
 
 
-def alternate(sides, rounds, device):
-    """Seconds of each side in each round; a first round is thrown away."""
-    times = {name: [] for name in sides}
-    for _ in range(rounds + 1):
-        for name, run in sides.items():
-            with timed(device, times[name]):
-                run()
-    return {name: values[1:] for name, values in times.items()}
-
-
-def ratio(times, others):
-    """The median over rounds of time / other time."""
-    return statistics.median(a / b for a, b in zip(times, others, strict=True))
-
-
-def peak_memory(device):
-    """MiB at the peak since reset_memory."""
+def peak_memory(device, reset=False):
+    """MiB at the peak since a reset, which gives those in use; NaN where the kernel does not offer it."""
+    if reset:
+        gc.collect()
     if device.type == "cuda":
+        if reset:
+            torch.cuda.reset_peak_memory_stats()
         return torch.cuda.max_memory_allocated() / 2**20
+    if not os.access("/proc/self/clear_refs", os.W_OK):
+        return math.nan
+    if reset:
+        ctypes.CDLL(None).malloc_trim(0)  # gives back what is free but kept
+        Path("/proc/self/clear_refs").write_text("5")
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def reset_memory(device):
-    """Watch for a peak of memory from now on; MiB in use, NaN where the kernel does not offer it."""
-    gc.collect()
-    try:
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        else:
-            ctypes.CDLL(None).malloc_trim(0)  # gives back what is free but kept
-            Path("/proc/self/clear_refs").write_text("5")
-    except (OSError, AttributeError):
-        return math.nan
-    return peak_memory(device)
+def compare(sides, options, device, number=1):
+    """A row for each side: seconds, ratio to the first side, MiB that it adds, how many things a second."""
+    times = {name: [] for name in sides}
+    for _ in range(options.rounds + 1):
+        for name, run in sides.items():
+            with timed(device, times[name]):
+                run()
+    first, *_ = times.values()
+    for name, run in sides.items():
+        before = peak_memory(device, reset=True)
+        run()
+        row = {"s": median(times[name][1:]), "ratio": median(map(truediv, times[name][1:], first[1:]))}
+        yield name, {**row, "added MiB": peak_memory(device) - before, "per second": number / row["s"]}
 
 
-def pil_transform(view):
-    """The same view by torchvision's transforms of PIL images, blurred by PIL as in the official codes."""
-    crop = T.RandomResizedCrop(view.size, view.area, interpolation=T.InterpolationMode.BICUBIC)
-    jitter = T.RandomApply([T.ColorJitter(*view.jitter)], view.jitter_p)
-    blur = T.Lambda(lambda image: image.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2))))
-    colours = [jitter, T.RandomGrayscale(view.gray_p), T.RandomApply([blur], view.blur_p)]
-    last = [T.RandomSolarize(128, view.solarise_p), T.ToTensor(), T.Normalize(0.45, 0.225)]
-    return T.Compose([crop, T.RandomHorizontalFlip(), *colours, *last])
-
-
-def pil_pipeline(images, rows, views):
-    transforms = [pil_transform(view) for view in views]
-    for i in rows.tolist():
-        image = Image.open(os.fsdecode(images.data[i])).convert("RGB")
+def pil_pipeline(images, views):
+    """Views by torchvision's transforms of PIL images, blurred by PIL as in the official codes."""
+    transforms = []
+    blur = T.Lambda(lambda image: image.filter(ImageFilter.GaussianBlur(0.1 + 1.9 * torch.rand(()).item())))
+    for view in views:
+        crop = T.RandomResizedCrop(view.size, view.area, interpolation=T.InterpolationMode.BICUBIC)
+        jitter = T.RandomApply([T.ColorJitter(*view.jitter)], view.jitter_p)
+        steps = [crop, T.RandomHorizontalFlip(), jitter, T.RandomGrayscale(view.gray_p)]
+        steps += [T.RandomApply([blur], view.blur_p), T.RandomSolarize(128, view.solarise_p)]
+        transforms.append(T.Compose([*steps, T.ToTensor(), T.Normalize(0.45, 0.225)]))
+    for path in images.data:
+        image = Image.open(os.fsdecode(path)).convert("RGB")
         for transform in transforms:
             transform(image)
 
 
-def write_images(folder, count):
-    """JPEGs of 500 x 375 pixels and about 110 KB, ImageNet's usual size."""
-    for i, image in enumerate(common.draw_patterns(count, 0).data.float()):
-        image = F.interpolate(image[None], (375, 500), mode="bicubic")[0]
-        image += 25 * torch.randn(image.shape)
-        write_jpeg(image.clamp(0, 255).byte(), f"{folder}/{i}.jpg", quality=85)
-
-
 def input_pipeline(options):
-    """(a) input pipeline: two views of 224 pixels from JPEGs, a core"""
-    torch.set_num_threads(1)
+    """(a) two views of 224 pixels from JPEGs, on one core; the goal for decoding and crops is 0.2"""
     with tempfile.TemporaryDirectory() as folder:
-        if options.images is None:
-            write_images(folder, 64)
+        for i in range(64):  # of about 110 KB, ImageNet's usual size
+            Image.effect_noise((500, 375), 50).convert("RGB").save(f"{folder}/{i}.jpg", quality=85)
         images = common.list_folder(options.images or Path(folder))
         rows = torch.arange(min(len(images), 320 if options.full else 64))
+        images = images.take(rows)
         args = hsic.get_args(["--views", "byol", "--size", "224", "--workers", "0"])
         views, cpu = common.views_of(args), torch.device("cpu")
-        crops = common.Crops(images, views, seed=0)
         order = [(step, 0, part) for step, part in enumerate(rows.split(32))]
         sides = {
-            "PIL + torchvision": partial(pil_pipeline, images, rows, views),
-            "decoding": lambda: [images.read(i) for i in rows],
-            "worker: + two crops": lambda: [crops[0, i] for i in rows.tolist()],
-            "all: + augmentation": lambda: list(common.view_batches(images, order, views, args, cpu)),
+            "PIL and torchvision": partial(pil_pipeline, images, views),
+            "decoding and crops": lambda: list(common.load(images, order, views, args, cpu)),
+            "and augmentation": lambda: list(common.view_batches(images, order, views, args, cpu)),
         }
-        times = alternate(sides, options.rounds, cpu)
-    for side in sides:
-        speed = len(rows) / statistics.median(times[side])
-        yield {"side": side, "images/s": speed, "x PIL": ratio(times["PIL + torchvision"], times[side])}
+        yield from compare(sides, options, cpu, len(images))
 
 
-def make_views(images, views):
-    """Views as common.view_batches makes them: of whole images if they are small, or of the crops of files."""
-    rows = len(images) if images.is_cuda else max(1, 2**18 // images.shape[2] ** 2)
-    u = common.draw(0, 0, torch.arange(len(images)), len(views))
-    whole = images.shape[2] <= common.MEMORY_SIDE
-    for v, view in enumerate(views):
-        for part, numbers in zip(images.split(rows), u[:, v].split(rows), strict=True):
-            common.make_view(part, numbers, view, common.ORDERS[v], whole)
+def first_batch(train, args, device):
+    """(step, views, labels) as a method's loop has them, from images of 32 pixels in memory."""
+    order = common.epoch_order(len(train), args, 0, 1)
+    return next(common.view_batches(train, order, common.views_of(args), args, device))
 
 
 def augmentation(options):
-    """(b) augmentation of one view of decoded images on the device; a core, if it is a CPU"""
-    torch.set_num_threads(1)
-    names = ["byol, view 1", "byol, view 2", "cifar"]
-    views = [*common.VIEWS["byol"], common.CIFAR]
-    for size, n in [(32, 1024), (224, 256)] if options.full else [(32, 512), (224, 32)]:
-        images = torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8, device=options.device)
-        sides = [partial(make_views, images, [view._replace(size=size)]) for view in views]
-        times = alternate(dict(zip(names, sides, strict=True)), options.rounds, options.device)
-        for name in names:
-            yield {"view": name, "pixels": size, "images/s": n / statistics.median(times[name])}
+    """(b) crop and augmentation of views on the device; on one core if it is a CPU"""
+    train = common.to_memory(common.draw_patterns(8192, 0), options.device)
+    for size, n in [(32, 8192), (224, 256)] if options.full else [(32, 1024), (224, 32)]:
+        for name in common.VIEWS:
+            args = hsic.get_args([f"--views={name}", f"--size={size}", f"--batch-size={n}"])
+            side = {f"{name}, {size} pixels": partial(first_batch, train, args, options.device)}
+            yield from compare(side, options, options.device, 2 * n)
 
 
-def plain_features(z, f=512):
-    """Random Fourier features of z (..., d) for the IMQ kernel, a new draw."""
-    omega = torch.randn(z.shape[-1], f, device=z.device) * torch.randn(f, device=z.device)
-    return math.sqrt(2 / f) * torch.cos(z @ omega + 2 * math.pi * torch.rand(f, device=z.device))
-
-
-def plain_hsic(zs):
-    """Li et al. 2021: features of all views, whole-batch means."""
-    M, N, _ = zs.shape
-    zs = F.normalize(zs, dim=2)
-    phi, psi = plain_features(zs), plain_features(zs)
-    zy = phi.sum(0).square().sum() / (N * M * (M - 1)) - phi.mean((0, 1)).square().sum()
-    phi = (phi - phi.mean((0, 1))).flatten(0, 1)
-    psi = (psi - psi.mean((0, 1))).flatten(0, 1)
-    return 3 * ((phi.mT @ psi).square().sum() / (N * M) ** 2 + 1e-14).sqrt() - zy
+def plain_hsic(zs, f=512):
+    M, N, d = zs.shape
+    omega = torch.randn(2, 1, d, f, device=zs.device) * torch.randn(2, 1, 1, f, device=zs.device)
+    phase = 2 * math.pi * torch.rand(2, 1, 1, f, device=zs.device)
+    features = math.sqrt(2 / f) * torch.cos(F.normalize(zs, dim=2) @ omega + phase)  # (2, M, N, f)
+    means = features.mean((1, 2), keepdim=True)
+    phi, psi = (features - means).flatten(1, 2)
+    root = ((phi.mT @ psi).square().sum() / (N * M) ** 2 + 1e-14).sqrt()
+    return 3 * root - features[0].sum(0).square().sum() / (N * M * (M - 1)) + means[0].square().sum()
 
 
 def plain_exact_hsic(zs):
-    """The same with the kernel itself: the centred Gram matrix, autograd through both of its sides."""
     M, N, _ = zs.shape
     z = F.normalize(zs, dim=2).flatten(0, 1)
-    K = (1 + (2 - 2 * z @ z.mT).clamp(min=0)).rsqrt()
-    same = K.view(M, N, M, N).diagonal(dim1=1, dim2=3).sum()
-    zy = same / (N * M * (M - 1)) - K.mean()
+    K = (1 + (2 - 2 * z @ z.mT).clamp(min=0)).rsqrt()  # (M N, M N)
+    same = K.view(M, N, M, N).diagonal(dim1=1, dim2=3).sum() / (N * M * (M - 1))
     centred = K - K.mean(0) - K.mean(1, keepdim=True) + K.mean()
-    return 3 * (centred.square().sum() / (N * M) ** 2 + 1e-14).sqrt() - zy
+    return 3 * (centred.square().mean() + 1e-14).sqrt() - same + K.mean()
 
 
-def plain_corinfomax(zs, alpha=500.0, forget=0.01):
-    """Ozsoy et al. 2022, the first step of the recursion, with slogdet, in float32."""
-    zs = F.normalize(zs, dim=2)
-    loss = alpha * F.mse_loss(*zs)
-    eye = torch.eye(zs.shape[2], device=zs.device)
-    for z in zs:
-        centred = z - (1 - forget) * z.mean(0)
-        R = forget * eye + (1 - forget) * centred.mT @ centred / len(z)
-        loss = loss - torch.linalg.slogdet(R + 1e-8 * eye)[1] / len(R)
-    return loss
+def plain_cor(zs, forget=0.01):
+    zs, eye = F.normalize(zs, dim=2), torch.eye(zs.shape[2], device=zs.device)
+    centred = zs - (1 - forget) * zs.mean(1, keepdim=True)
+    R = forget * eye + (1 - forget) * centred.mT @ centred / zs.shape[1]
+    return 500 * F.mse_loss(*zs) - torch.linalg.slogdet(R + 1e-8 * eye)[1].sum() / len(eye)
 
 
 def plain_music(zs, s=80):
-    """Niu, Wang 2022: P whole, clamped at 1e-8, autograd through it."""
-    _, n, d = zs.shape
-    p1, p2 = zs.view(2, n, d // s, s).softmax(3)
-    P = (p1.flatten(1).mT @ p2.flatten(1) / n).clamp(min=1e-8)
-    blocks = (P * P.log()).view(d // s, s, d // s, s)
-    diagonal = torch.einsum("aiai->", blocks) / (d // s)
-    pairs = blocks.sum((1, 3))  # of segments
-    off_diagonal = (pairs.sum() - pairs.trace()) / (pairs.numel() - len(pairs))
-    return diagonal + off_diagonal - (p1 * p2).sum(2).clamp(min=1e-8).log().mean()
+    p1, p2 = zs.unflatten(2, (-1, s)).softmax(3)
+    P = (p1.flatten(1).mT @ p2.flatten(1) / len(p1)).clamp(min=1e-8)
+    blocks = (P * P.log()).unflatten(1, (-1, s)).unflatten(0, (-1, s))  # (S, s, S, s)
+    off_diagonal = (blocks.sum() - torch.einsum("aiaj->", blocks)) / (len(blocks) ** 2 - len(blocks))
+    return torch.einsum("aiai->", blocks) / len(blocks) + off_diagonal - (p1 * p2).sum(2).log().mean()
 
 
-def plain_mmd_sphere(zs, alpha=40000.0, b=(1, 40)):
-    """Zheng et al. 2023: the Gram matrix of each view, autograd through both of its sides."""
+def plain_sphere(zs):
     zs = F.normalize(zs, dim=2)
-    loss = alpha * F.mse_loss(*zs)
-    for z in zs:
-        t = z @ z.mT
-        P2 = (len(z[0]) * t**2 - 1) / (len(z[0]) - 1)
-        P3 = ((len(z[0]) + 2) * t * P2 - 2 * t) / len(z[0])
-        loss = loss + (t + 40 * P2 + 40 * P3).mean() / 2
-    return loss
+    P = mmd_sphere.legendre(zs @ zs.mT, zs.shape[2], 3)  # each (2, N, N)
+    return 40000 * F.mse_loss(*zs) + (P[1] + 40 * P[2] + 40 * P[3]).mean()
+
+
+def backward(loss_of, zs, repeats=1):
+    for _ in range(repeats):
+        loss_of(zs).backward()
+
+
+def losses(options):
+    """(c) losses, forward and backward, against the official formulas; a 32nd of the rows without --full"""
+    cor = corinfomax.CorInfoMax(512).to(options.device)
+    sphere = partial(mmd_sphere.mmd_sphere_loss, alpha=40000, b=(1, 40, 40))
+    cases = [  # views, rows and dimension; the plain loss is repeated: each draw is a device's, officially
+        ("hsic, 1 draw", (4, 4096, 256), lambda zs: hsic.hsic_loss(zs)[0], plain_hsic, 1),
+        ("hsic, 128 draws", (4, 4096, 256), lambda zs: hsic.hsic_loss(zs, draws=128)[0], plain_hsic, 128),
+        ("hsic, exact", (4, 4096, 256), lambda zs: hsic.hsic_loss(zs, f=0)[0], plain_exact_hsic, 1),
+        ("corinfomax", (2, 1536, 512), lambda zs: cor(*F.normalize(zs, dim=2), 500)[0], plain_cor, 1),
+        ("music", (2, 2048, 8160), lambda zs: music.music_loss(*zs, 80)[0], plain_music, 1),
+        ("mmd_sphere", (2, 2048, 32768), lambda zs: sphere(zs)[0], plain_sphere, 1),
+    ]
+    for name, (v, n, d), here, plain, repeats in cases:
+        zs = torch.randn(v, n if options.full else n // 32, d, device=options.device, requires_grad=True)
+        sides = {f"{name} {tuple(zs.shape)}, plain": partial(backward, plain, zs, repeats)}
+        sides[f"{name} {tuple(zs.shape)}"] = partial(backward, here, zs)
+        yield from compare(sides, options, options.device)
+
+
+def measure_step(module, options, *flags):
+    """A row: the loop of a method's own `main` takes turns with its networks alone and the augmentation."""
+    args = module.get_args([*flags, *options.flags, "--log-every=1000000"])
+    times, memory, resume = {"step": [], "network": [], "views": []}, [], mock.Mock(return_value=0)
+
+    def network(online, xs, target=None, **_):
+        online.zero_grad()
+        with common.autocast(args, options.device):
+            if getattr(args, "target", False):
+                common.per_view(target, xs)
+            zs = online(xs)[1]
+        zs.backward(torch.ones_like(zs))
+
+    def batches(train, *_):
+        _, xs, y = first_batch(train, args, options.device)
+        for step in range(options.rounds + 1):
+            before = peak_memory(options.device, reset=step == 1)
+            with timed(options.device, times["step"]):
+                yield step, xs, y
+            memory.append(peak_memory(options.device) - (before if options.device.type == "cpu" else 0))
+            with timed(options.device, times["network"]):
+                network(xs=xs, **resume.call_args.args[1])
+            with timed(options.device, times["views"]):
+                first_batch(train, args, options.device)
+
+    parts = dict(resume=resume, batches=batches, save=mock.Mock(), evaluate=mock.Mock(return_value={}))
+    with tempfile.TemporaryDirectory() as args.out, mock.patch.multiple(common, **parts):
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            module.main(args)
+    row = {f"{name} s": median(values[1:]) for name, values in times.items()}
+    row["images/s"] = args.batch_size / (row["step s"] + row["views s"])
+    row["outside %"] = 100 - 100 * median(map(truediv, times["network"][1:], times["step"][1:]))
+    name = f"{module.__name__}, {args.arch}, {args.size} px, {args.batch_size} by {args.micro_batch}"
+    return name, row | {"MiB": memory[1]}  # added on a CPU, in all on a GPU
+
+
+def training_steps(options):
+    """(d) the training step against its networks alone; the goal is 10 % outside of them, 5 % on a GPU"""
+    small = ["--recipe=cifar10", "--stem=imagenet", "--batch-size=256"]
+    recipes = [["--recipe=cifar10"]] if options.full else [small]
+    if options.full and options.device.type == "cuda":
+        recipes.append(["--recipe=imagenet", "--batch-size=256"])
+    for flags in recipes:
+        for module in (hsic, corinfomax, music, mmd_sphere):
+            yield measure_step(module, options, *flags)
+
+
+def optimizers(options):
+    """(e) a step of the optimisers, and of an average of the weights, for a ResNet-50"""
+    net, average = [common.resnet("resnet50")[0].to(options.device) for _ in range(2)]
+    net(torch.randn(2, 3, 64, 64, device=options.device)).sum().backward()
+    sides = {}
+    for name in ("sgd", "lars", "adamw"):
+        sides[name] = common.make_optimizer(net, hsic.get_args(["--optimizer", name])).step
+    sides["average"] = partial(common.ema_update, average, net, 0.99)
+    yield from compare(sides, options, options.device)
+
+
+def micro_batches(options):
+    """(f) memory that a step of hsic adds, by batch and micro-batch"""
+    ctypes.CDLL(None).mallopt(-3, 65536)  # M_MMAP_THRESHOLD: memory goes back at once when it is freed
+    pairs = [("64", "0"), ("64", "16"), ("128", "0"), ("128", "16"), ("128", "32")]
+    for batch, micro in pairs:
+        flags = ["--recipe=cifar10", "--stem=imagenet", "--batch-size", batch, "--micro-batch", micro]
+        yield measure_step(hsic, options, *flags, "--size=96" if options.full else "--size=48")
+
+
+def main():
+    parser = common.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="a,b,c,d,e,f", help="sections")
+    parser.add_argument("--full", action="store_true", help="the official sizes")
+    parser.add_argument("--images", type=Path, metavar="FOLDER", help="of JPEGs (default: made here)")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="for the tables", default=os.devnull)
+    options = parser.parse_args()
+    base = hsic.get_args(["--out", "bench"])
+    options.device = common.start(base, __file__)
+    options.flags = [f"--device={options.device.type}", f"--precision={base.precision}"]
+    hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
+    threads = torch.get_num_threads()
+    sections = [input_pipeline, augmentation, losses, training_steps, optimizers, micro_batches]
+    tables = {}
+    for key in options.only.split(","):
+        section = sections["abcdef".index(key)]
+        torch.set_num_threads(1 if key in "ab" else threads)
+        head = f"{hardware}, torch {torch.__version__}, {torch.get_num_threads()} threads, {base.precision}"
+        print(f"\n{section.__doc__}\n{head}")
+        rows = tables[f"{section.__doc__}; {head}"] = {}
+        for name, row in section(options):
+            if not rows:
+                print(" " * 46 + "".join(f"{column:>11}" for column in row))
+            print(f"{name:46}" + "".join(f"{value:11.4g}" for value in row.values()), flush=True)
+            rows[name] = row
+    options.json.write_text(json.dumps(tables, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -87,10 +87,17 @@ def numbers_on_this_rank(data, out):
 def test_knn_is_a_loop_and_two_ranks_find_what_one_finds(tmp_path, on_ranks, monkeypatch):
     monkeypatch.setattr(common, "leave_ranks", bool)
     data = make_folder(make_folder(tmp_path / "data", 12, splits=("train",)), 5, splits=("val",))
-    for number in (1, 2, 3):  # so that some are wrong
-        (data / f"val/a/00{number}.jpg").rename(data / f"val/b/moved{number}.jpg")
+    for name in (
+        "val/{}/001",
+        "val/{}/002",
+        "train/{}/001",
+        "train/{}/004",
+        "train/{}/007",
+    ):  # some are wrong
+        (data / f"{name.format('a')}.jpg").rename(data / f"{name.format('b')}-a.jpg")
     (data / "val/b/000.jpg").unlink()  # 9 images: 5 and 4 on two ranks
     one = numbers_on_this_rank(data, tmp_path / "one")
+    assert one[0] != one[1] != one[2]
     kept = [torch.load(path, weights_only=True) for path in (tmp_path / "features").iterdir()]
     (h, y), (bank, labels) = sorted(kept, key=lambda pair: len(pair[1]))
     for k, numbers in zip((1, 4, 9), one, strict=False):

@@ -269,40 +269,22 @@ def test_an_epoch_of_the_demo_tells_patterns_apart_better_than_at_initialisation
     assert accuracy[-1] > accuracy[0] + 0.08
 
 
-# ruff: noqa: E501
-SIGREG = '''def sigreg(z, seed, step):
-    """Distance of random projections of z (n, d) from a standard normal, by characteristic functions (LeJEPA)."""
-    d, N = z.shape[1], len(z) * common.world()
-    A = torch.erfinv(2 * common.uniform(seed, step, torch.arange(d * 256)).view(d, 256) - 1)  # normal, up to a factor
-    A = F.normalize(A.float().to(z.device), dim=0)
-    t = torch.linspace(0, 3, 17, device=z.device)
-    angles = (z @ A)[:, :, None] * t  # (n, K, 17)
-    means = common.all_reduce(torch.stack([angles.cos().sum(0), angles.sin().sum(0)])) / N
-    gauss = torch.exp(-t.square() / 2)
-    distance = (means[0] - gauss).square() + means[1].square()
-    return 2 * N * torch.trapezoid(distance * gauss, t).mean()
-
-
-def loss_of(zs, step, args):
-    spread = (sigreg(zs[0], args.seed, step) + sigreg(zs[1], args.seed, step)) / 2
-    invariance = (zs - zs.mean(0)).square().sum(2).mean()
-    return 0.02 * spread + 0.98 * invariance, dict(sigreg=spread.detach(), invariance=invariance.detach())
-
-
-'''
+def patched(text, diff):
+    """The text with each hunk of a diff applied, which must stand there once."""
+    for hunk in diff.split("@@\n"):
+        lines = hunk.splitlines(True)
+        old = "".join(line[1:] for line in lines if line[0] != "+")
+        assert text.count(old) == 1, old
+        text = text.replace(old, "".join(line[1:] for line in lines if line[0] != "-"))
+    return text
 
 
 @pytest.mark.slow
-def test_sigreg_as_a_fork_of_twenty_lines_learns(tmp_path):
-    text = (ROOT / "music.py").read_text()
-    start, end = text.index("def loss_of("), text.index("def main(")
-    text = text[:start] + SIGREG + text[end:]
-    text = text.replace("loss_of(zs.float(), args)", "loss_of(zs.float(), step, args)")
-    text = text.replace("import torch\n", "import torch\nimport torch.nn.functional as F\n", 1)
-    (tmp_path / "mine.py").write_text(text)
+def test_the_fork_of_the_readme_learns_with_sigreg_and_does_not_collapse(tmp_path):
+    diff = (ROOT / "README.md").read_text().split("```diff\n")[1].split("```")[0]
+    (tmp_path / "mine.py").write_text(patched((ROOT / "music.py").read_text(), diff))
     env = dict(OMP_NUM_THREADS="2", PYTHONPATH=str(ROOT))
-    flags = ["--dim", 64, "--hidden", 512, "--out", tmp_path / "out"]
-    done = script(tmp_path / "mine.py", *flags, env=env)
+    done = script(tmp_path / "mine.py", "--out", tmp_path / "out", timeout=600, env=env)
     assert done.returncode == 0, done.stderr
     log = read_log(tmp_path / "out")
-    assert log[-1]["knn"] > log[0]["knn"] + 0.2 and log[-2]["rank_z"] > 16
+    assert log[-1]["knn"] > log[0]["knn"] + 0.15 and log[-2]["rank_z"] > 32
