@@ -26,6 +26,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -739,8 +740,12 @@ def parallel(net, args, device):
         net.compile()
     if world() == 1:
         return net
-    ids = [device.index] if device.type == "cuda" else None
-    model = nn.parallel.DistributedDataParallel(net, device_ids=ids, gradient_as_bucket_view=True)
+    if device.type == "cuda":
+        options = dict(device_ids=[device.index])
+    else:  # keep the buckets, so that a resumed run sums gradients in the same order, to the bit
+        options = dict(find_unused_parameters=True)
+        warnings.filterwarnings("ignore", "find_unused_parameters")
+    model = nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True, **options)
     model.broadcast_buffers = False  # they are the same on all ranks; the argument of that name goes
     return model
 

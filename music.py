@@ -15,8 +15,8 @@ Niu, Wang 2022, arXiv 2206.06461. The code was not released; the numbers are tho
     python music.py                                                 built-in images, minutes on a CPU
     torchrun --nproc_per_node 8 music.py --data /imagenet           the published recipe
 
-Other than in that code: P, of d x d numbers, is shared among ranks, and one process holds some rows of it at a
-time; probabilities are clamped at 1e-30 in logarithms, not at 1e-8.
+Other than in that code: P, of d x d numbers, is shared among ranks, and one process holds some rows of it at
+a time; probabilities are clamped at 1e-30 in logarithms, not at 1e-8.
 """
 
 import torch

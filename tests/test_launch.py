@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, TINY, read_log, same, script, state_of
+from conftest import ROOT, TINY, read_log, same, script, state_of, train
 
 RUN = [*TINY, "--segment", "4", "--epochs", "1"]
 
@@ -85,19 +85,18 @@ def test_help_shows_the_flags_of_script_and_launch():
     assert "--segment" in text and "--submit {slurm,local}" in text and text.count("usage:") == 1
 
 
-def test_local_ranks_that_are_warned_save_come_back_and_end_as_if_undisturbed(tmp_path, folder):
-    flags = [*RUN, "--data", folder, "--epochs", "6", "--out"]
+def test_local_ranks_that_are_warned_save_come_back_and_end_as_if_undisturbed(tmp_path, folder, on_ranks):
+    flags = [*RUN, "--data", folder, "--epochs", "3", "--out"]
     local = ["--submit", "local", "--tasks", "2"]
     [(number, out, log)] = submitted("music.py", *flags, tmp_path / "out", *local)
     wait_for(lambda: steps_of(out) >= 3, "three steps")
     children = subprocess.run(["pgrep", "-P", number], capture_output=True, text=True).stdout.split()
     for child in children:
         os.kill(int(child), signal.SIGUSR2)
-    wait_for(lambda: finished(out, 18), "the end")
+    wait_for(lambda: finished(out, 9), "the end")
     assert open(log).read().count("Starting with JobEnvironment") == 2
-    [(_, whole, _)] = submitted("music.py", *flags, tmp_path / "whole", *local)
-    wait_for(lambda: finished(whole, 18), "the end")
-    assert same(state_of(out), state_of(whole))
+    assert on_ranks(train, 2, *flags, tmp_path / "whole") == [0, 0]
+    assert same(state_of(out), state_of(tmp_path / "whole"))
 
 
 # -------------------------------------------------------------------------------------------- SLURM

@@ -55,6 +55,7 @@ def test_wrong_use_is_one_sentence_with_the_value_exit_2_and_nothing_left(
     flags = ["--out", str(tmp_path / "out"), *flags.format(folder=folder, **places).split()]
     before = sorted(tmp_path.rglob("*"))
     monkeypatch.setattr(sys, "argv", ["music.py", *TINY, "--segment", "4", *flags])
+    monkeypatch.setattr(common.multiprocessing, "active_children", list)  # ranks of other tests
     with pytest.raises(SystemExit) as end:
         common.launch(music.main, music.get_args)
     said = capsys.readouterr().err.strip().splitlines()
@@ -261,12 +262,13 @@ def test_every_way_of_running_hsic_trains(way, tmp_path, folder):
     assert read_log(tmp_path / "out")[-1]["step"] == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["hsic", "corinfomax", "music", "mmd_sphere"])
-def test_an_epoch_of_the_demo_tells_patterns_apart_better_than_at_initialisation(name, tmp_path):
-    done = script(f"{name}.py", "--out", tmp_path / "out", "--epochs", 1, env=dict(OMP_NUM_THREADS="2"))
+def test_the_demo_tells_patterns_apart_far_better_than_at_initialisation(name, tmp_path):
+    done = script(f"{name}.py", "--out", tmp_path / "out", timeout=600, env=dict(OMP_NUM_THREADS="2"))
     assert done.returncode == 0 and "tensorboard" in done.stdout, done.stderr
     accuracy = [record["knn"] for record in read_log(tmp_path / "out") if "knn" in record]
-    assert accuracy[-1] > accuracy[0] + 0.08
+    assert accuracy[0] < 0.46 and accuracy[-1] > accuracy[0] + 0.2
 
 
 def patched(text, diff):
