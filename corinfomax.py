@@ -93,29 +93,35 @@ _SGD = dict(
     zero_init=True)
 RECIPES = {  # the official commands; --lr is absolute
     "imagenet": dict(  # 69.08 % linear top-1
-        _SGD, arch="resnet50", stem="imagenet", size=224, epochs=100, batch_size=1536, lr=0.2,
-        alpha=2000.0, forget=0.1, hidden=[8192, 8192], dim=512, norm=True,
+        _SGD, arch="resnet50", stem="imagenet", hidden=[8192, 8192], dim=512, norm=True,
+        size=224, epochs=100, batch_size=1536, lr=0.2,
+        alpha=2000.0, forget=0.1,
     ),
     "imagenet100-resnet18": dict(  # 80.48 %
-        _SGD, arch="resnet18", stem="imagenet", size=224, epochs=400, batch_size=1024, lr=1.0,
-        alpha=500.0, forget=0.01, hidden=[4096, 4096], dim=128, norm=False,
+        _SGD, arch="resnet18", stem="imagenet", hidden=[4096, 4096], dim=128, norm=False,
+        size=224, epochs=400, batch_size=1024, lr=1.0,
+        alpha=500.0, forget=0.01,
     ),
     "tiny-imagenet": dict(  # 54.86 %
-        _SGD, arch="resnet50", stem="imagenet", size=64, epochs=800, batch_size=1024, lr=0.5,
-        alpha=500.0, forget=0.1, hidden=[4096, 4096], dim=128, norm=False,
+        _SGD, arch="resnet50", stem="imagenet", hidden=[4096, 4096], dim=128, norm=False,
+        size=64, epochs=800, batch_size=1024, lr=0.5,
+        alpha=500.0, forget=0.1,
     ),
     "cifar10": dict(  # 93.18 %
-        _SGD, arch="resnet18", stem="cifar", size=32, epochs=1000, batch_size=512, lr=0.5,
-        alpha=250.0, forget=0.01, hidden=[2048, 2048], dim=64, norm=False,
+        _SGD, arch="resnet18", stem="cifar", hidden=[2048, 2048], dim=64, norm=False,
+        size=32, epochs=1000, batch_size=512, lr=0.5,
+        alpha=250.0, forget=0.01,
     ),
     "cifar100": dict(  # 71.61 %
-        _SGD, arch="resnet18", stem="cifar", size=32, epochs=1000, batch_size=512, lr=0.5,
-        alpha=1000.0, forget=0.01, hidden=[4096, 4096], dim=128, norm=False,
+        _SGD, arch="resnet18", stem="cifar", hidden=[4096, 4096], dim=128, norm=False,
+        size=32, epochs=1000, batch_size=512, lr=0.5,
+        alpha=1000.0, forget=0.01,
     ),
     "demo": dict(  # minutes on two cores
-        arch="resnet18", stem="imagenet", size=32, views="cifar", epochs=3, batch_size=128,
-        optimizer="adamw", lr=2e-3, wd=1e-4, warmup=0.4, first_lr=0.0, last_lr=0.0, eps=1e-8,
-        zero_init=False, alpha=250.0, forget=0.01, hidden=[1024], dim=64, norm=True, log_every=10, workers=0,
+        arch="resnet18", stem="imagenet", zero_init=False, hidden=[1024], dim=64, norm=True,
+        size=32, views="cifar", epochs=3, batch_size=128,
+        optimizer="adamw", lr=2e-3, wd=1e-4, warmup=0.4, first_lr=0.0, last_lr=0.0,
+        alpha=250.0, forget=0.01, eps=1e-8, log_every=10, workers=0,
     ),
 }
 RECIPES["imagenet100-resnet18"]["last_lr"] = 5e-3

@@ -80,36 +80,33 @@ def hsic_zz(phi: Tensor, psi: Tensor) -> Tensor:
 def hsic_loss(
     zs: Tensor, c=1.0, gamma=3.0, kernel="imq", f=512, seed=0, step=0, draws=1
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """L of embeddings zs (M, n, d), M >= 2, float32 or better, over all ranks, and its terms; c is a constant
-    here.
+    """L of embeddings zs (M, n, d), M >= 2, float32 or better, over all ranks, and its terms; c is fixed.
 
-    f: random features a draw, or 0 for the exact kernel. The loss is the mean over the draws, and a rank
-    computes every W-th of them for the rows of all ranks. The linear kernel is its own features, phi = z.
+    f: random features a draw, or 0 for the kernel itself; the linear one needs none. The loss is the mean of
+    the draws, of which a rank computes every W-th, for the rows of all ranks.
     """
     zs = F.normalize(zs, dim=2)
     M, n, d = zs.shape
     everyone = common.all_gather(zs.transpose(0, 1)).transpose(0, 1)  # (M, N, d)
-    own = common.rank() * n
-    if f == 0 and kernel != "linear":
-        return exact_loss(zs, everyone, own, c, gamma, kernel)
+    if f == 0 or kernel == "linear":
+        return exact_loss(zs, everyone, c, gamma, kernel)
 
-    draws = draws if kernel != "linear" else 1
+    own = common.rank() * n
     grad = torch.zeros_like(everyone, memory_format=torch.contiguous_format)  # NCCL wants it
     sums = zs.new_zeros(4)  # loss, HSIC(Z, Y), sqrt HSIC(Z, Z), pairs of a view with itself
     for draw in range(common.rank(), draws, common.world()):
         with torch.enable_grad():
             z = everyone.detach().requires_grad_()
-            phi = psi = z
-            if kernel != "linear":  # two draws of features: with one, HSIC(Z, Z) would be biased
-                phi = random_features(z, *sample_features(d, f, kernel, seed, step, z.device, 2 * draw), c)
-                psi = random_features(
-                    z, *sample_features(d, f, kernel, seed, step, z.device, 2 * draw + 1), c
-                )
-            zy, root = hsic_zy(phi), (hsic_zz(phi, psi) + 1e-14).sqrt()  # its gradient is finite at collapse
-            loss = (gamma * root - zy) / draws
-        grad += torch.autograd.grad(loss, z)[0]
+            omega, phase = sample_features(d, f, kernel, seed, step, z.device, 2 * draw)
+            phi = random_features(z, omega, phase, c)
+            omega, phase = sample_features(d, f, kernel, seed, step, z.device, 2 * draw + 1)
+            psi = random_features(z, omega, phase, c)  # with phi again, HSIC(Z, Z) would be biased
+            zy = hsic_zy(phi)
+            root = (hsic_zz(phi, psi) + 1e-14).sqrt()  # its gradient is finite at collapse
+            loss = gamma * root - zy
+        grad += torch.autograd.grad(loss, z)[0] / draws
         itself = phi.square().sum() / (phi.shape[1] * M * (M - 1))
-        sums += torch.stack([loss, zy / draws, root / draws, itself / draws]).detach()
+        sums += torch.stack([loss, zy, root, itself]).detach() / draws
     if common.world() > 1:
         dist.all_reduce(grad)
         dist.all_reduce(sums)
@@ -119,28 +116,34 @@ def hsic_loss(
 
 
 def kernel_of(r2: Tensor, kernel: str, c) -> Tensor:
-    """k as a function of the squared distance: imq or gaussian."""
-    return (1 + r2 / c**2).rsqrt() if kernel == "imq" else torch.exp(-r2 / (2 * c**2))
+    """k as a function of the squared distance between normalised embeddings."""
+    if kernel == "linear":
+        return 1 - r2 / 2
+    if kernel == "gaussian":
+        return torch.exp(-r2 / (2 * c**2))
+    return (1 + r2 / c**2).rsqrt()
 
 
-def exact_loss(zs: Tensor, everyone: Tensor, own: int, c, gamma, kernel) -> tuple[Tensor, dict[str, Tensor]]:
-    """L with the kernel itself, in O(N^2), for normalised zs (M, n, d) and everyone's (M, N, d), own rows
-    first at `own`.
+def exact_loss(zs: Tensor, everyone: Tensor, c, gamma, kernel) -> tuple[Tensor, dict[str, Tensor]]:
+    """L with the kernel itself, in O(N^2), for normalised zs (M, n, d) and those of all ranks (M, N, d).
 
     Each rank has its own rows of the Gram matrix, against detached columns of all ranks. By symmetry that is
     half of the gradient: doubled below. The centring is constant: sum (HKH)^2 has the derivative 2 <HKH, dK>.
     """
     M, n, _ = zs.shape
+    own = slice(common.rank() * n * M, (common.rank() + 1) * n * M)
     rows = zs.transpose(0, 1).flatten(0, 1)  # (n M, d), the views of an image together
     columns = everyone.transpose(0, 1).flatten(0, 1)
     K = kernel_of((2 - 2 * rows @ columns.mT).clamp(min=0), kernel, c)  # (n M, N M)
     NM = K.shape[1]
     mean = common.all_gather(K.mean(1))  # (N M,)
-    centred = K - mean[own * M : (own + n) * M, None] - mean + mean.mean()
-    same = K[:, own * M : (own + n) * M].view(n, M, n, M).diagonal(dim1=0, dim2=2)  # (M, M, n)
+    centred = K - mean[own, None] - mean + mean.mean()
+    same = K[:, own].view(n, M, n, M).diagonal(dim1=0, dim2=2)  # (M, M, n)
     same, every, square = common.all_reduce(torch.stack([same.sum(), K.sum(), centred.square().sum()]))
-    zy, zz = same / (NM * (M - 1)) - every / NM**2, square / NM**2
-    zy, zz = 2 * zy - zy.detach(), 2 * zz - zz.detach()
+    zy = same / (NM * (M - 1)) - every / NM**2
+    zz = square / NM**2
+    zy = 2 * zy - zy.detach()
+    zz = 2 * zz - zz.detach()
     root = (zz + 1e-14).sqrt()
     terms = dict(hsic_zy=zy.detach(), sqrt_hsic_zz=root.detach(), dependence=zy.detach() - 1 / (M - 1))
     return gamma * root - zy, terms
@@ -200,19 +203,22 @@ class KernelScale(nn.Module):
 # fmt: off
 RECIPES = {
     "imagenet": dict(  # official config: 1000 epochs, 74.8 % linear top-1
-        arch="resnet50", stem="imagenet", zero_init=True, size=224, views="byol",
-        epochs=1000, batch_size=4096, optimizer="lars", lr=0.4, wd=1e-6, warmup=10.0, gamma=3.0, features=512,
-        draws=128, scale="adam", hidden=4096, dim=256, target=True, ema=0.999,
+        arch="resnet50", stem="imagenet", zero_init=True, hidden=4096, dim=256,
+        size=224, views="byol", epochs=1000, batch_size=4096,
+        optimizer="lars", lr=0.4, wd=1e-6, warmup=10.0, target=True, ema=0.999,
+        gamma=3.0, features=512, draws=128, scale="adam",
     ),
     "cifar10": dict(  # found here
-        arch="resnet18", stem="cifar", zero_init=False, size=32, views="cifar", epochs=800, batch_size=512,
-        optimizer="adamw", lr=5e-4, wd=1e-4, warmup=10.0, gamma=3.0, features=0, scale="adaptive",
-        hidden=2048, dim=256, target=False, ema=0.99,
+        arch="resnet18", stem="cifar", zero_init=False, hidden=2048, dim=256,
+        size=32, views="cifar", epochs=800, batch_size=512,
+        optimizer="adamw", lr=5e-4, wd=1e-4, warmup=10.0, target=False, ema=0.99,
+        gamma=3.0, features=0, scale="adaptive",
     ),
     "demo": dict(  # minutes on two cores
-        arch="resnet18", stem="imagenet", zero_init=False, size=32, views="cifar", epochs=3, batch_size=128,
-        optimizer="adamw", lr=2e-3, wd=1e-4, warmup=0.4, gamma=1.0, features=0, scale="adaptive",
-        hidden=1024, dim=256, target=False, ema=0.9, log_every=10, workers=0,
+        arch="resnet18", stem="imagenet", zero_init=False, hidden=1024, dim=256,
+        size=32, views="cifar", epochs=3, batch_size=128,
+        optimizer="adamw", lr=2e-3, wd=1e-4, warmup=0.4, target=False, ema=0.9,
+        gamma=1.0, features=0, scale="adaptive", log_every=10, workers=0,
     ),
 }
 # fmt: on
@@ -225,29 +231,19 @@ def get_args(argv=None):
     add = parser.add_argument_group("SSL-HSIC").add_argument
     add("--gamma", type=common.number(float, 0, 1e6), help="gamma, weight of sqrt(HSIC(Z, Z))")
     add("--kernel", choices=["imq", "gaussian", "linear"], default="imq", help="k, on normalised embeddings")
-    add(
-        "--features",
-        type=common.number(int, 0),
-        help="f, random Fourier features a draw (0: the exact kernel, O(N^2))",
-    )
+    add("--features", type=common.number(int, 0), help="f, random features a draw (0: the kernel itself)")
     add("--draws", type=common.number(int, 1), default=1, help="G, independent draws of features a step")
     add("--scale", choices=["adam", "adaptive"], help="c, learned by Adam or at its optimum every step")
     add(
-        "--target",
-        action=argparse.BooleanOptionalAction,
-        help="a target network and a predictor, M = 4; or online projections only, M = 2",
+        "--target", action=argparse.BooleanOptionalAction, help="target network and predictor, M = 4 (else 2)"
     )
     add(
         "--tau",
         type=common.number(float, 0, 1),
         default=0.99,
-        help="first momentum of the target network; rises to 1",
+        help="first momentum of the target; rises to 1",
     )
-    add(
-        "--ema",
-        type=common.number(float, 0, 0.999999),
-        help="momentum of the weights that are evaluated (0: none)",
-    )
+    add("--ema", type=common.number(float, 0, 0.999999), help="momentum of the weights that are evaluated")
     add("--hidden", type=common.number(int, 1), help="width of projector and predictor")
     add("--dim", type=common.number(int, 2), help="d, dimension of the embedding")
     return common.parse(parser, RECIPES, argv)

@@ -117,24 +117,28 @@ def mmd_sphere_loss(
 # fmt: off
 RECIPES = {
     "imagenet": dict(  # official: 200 epochs, 70.3 % linear top-1
-        arch="resnet50", stem="imagenet", size=224, views="byol", epochs=200, batch_size=2048,
-        optimizer="lars", lr=0.4, wd=1e-6, warmup=10.0, alpha=40000.0, b=[1.0, 40.0, 40.0],
-        hidden=[8192, 8192], dim=32768, zero_init=True,
+        arch="resnet50", stem="imagenet", zero_init=True, hidden=[8192, 8192], dim=32768,
+        size=224, views="byol", epochs=200, batch_size=2048,
+        optimizer="lars", lr=0.4, wd=1e-6, warmup=10.0,
+        alpha=40000.0, b=[1.0, 40.0, 40.0],
     ),
     "imagenet20-resnet18": dict(  # official, 20 % of ImageNet
-        subset=260, arch="resnet18", stem="imagenet", size=224, views="byol", epochs=100, batch_size=2048,
-        optimizer="lars", lr=1.2, wd=1e-6, warmup=10.0, alpha=4000.0, b=[1.0, 40.0, 40.0],
-        hidden=[8192, 8192], dim=8192, zero_init=True,
+        arch="resnet18", stem="imagenet", zero_init=True, hidden=[8192, 8192], dim=8192,
+        size=224, views="byol", subset=260, epochs=100, batch_size=2048,
+        optimizer="lars", lr=1.2, wd=1e-6, warmup=10.0,
+        alpha=4000.0, b=[1.0, 40.0, 40.0],
     ),
     "cifar10": dict(  # found here
-        arch="resnet18", stem="cifar", size=32, views="cifar", epochs=800, batch_size=512,
-        optimizer="adamw", lr=5e-4, wd=1e-4, warmup=10.0, alpha=2500.0, b=[1.0, 40.0, 40.0],
-        hidden=[2048, 2048], dim=2048, zero_init=False,
+        arch="resnet18", stem="cifar", zero_init=False, hidden=[2048, 2048], dim=2048,
+        size=32, views="cifar", epochs=800, batch_size=512,
+        optimizer="adamw", lr=5e-4, wd=1e-4, warmup=10.0,
+        alpha=2500.0, b=[1.0, 40.0, 40.0],
     ),
     "demo": dict(  # minutes on two cores
-        arch="resnet18", stem="imagenet", size=32, views="cifar", epochs=3, batch_size=128,
-        optimizer="adamw", lr=2e-3, wd=1e-4, warmup=0.4, alpha=2000.0, b=[1.0, 40.0, 40.0],
-        hidden=[1024], dim=512, zero_init=False, log_every=10, workers=0,
+        arch="resnet18", stem="imagenet", zero_init=False, hidden=[1024], dim=512,
+        size=32, views="cifar", epochs=3, batch_size=128,
+        optimizer="adamw", lr=2e-3, wd=1e-4, warmup=0.4,
+        alpha=2000.0, b=[1.0, 40.0, 40.0], log_every=10, workers=0,
     ),
 }
 # fmt: on

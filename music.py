@@ -119,19 +119,22 @@ def entropy(P: Tensor, a: int, s: int) -> tuple[Tensor, Tensor]:
 # fmt: off
 RECIPES = {
     "imagenet": dict(  # of the successor's scripts, imsvd.py and job_imsvd.sh
-        arch="resnet50", stem="imagenet", zero_init=True, size=224, views="byol", epochs=100, batch_size=2048,
-        optimizer="lars", lr=0.6, wd=1e-6, warmup=10.0, hidden=[8192], dim=8160, segment=80,
-        temperature=1.0,
+        arch="resnet50", stem="imagenet", zero_init=True, hidden=[8192], dim=8160,
+        size=224, views="byol", epochs=100, batch_size=2048,
+        optimizer="lars", lr=0.6, wd=1e-6, warmup=10.0,
+        segment=80, temperature=1.0,
     ),
     "cifar10": dict(
-        arch="resnet18", stem="cifar", zero_init=False, size=32, views="cifar", epochs=800, batch_size=512,
-        optimizer="sgd", lr=0.1, wd=5e-4, warmup=10.0, hidden=[1024, 1024], dim=1024, segment=32,
-        temperature=1.0,
+        arch="resnet18", stem="cifar", zero_init=False, hidden=[1024, 1024], dim=1024,
+        size=32, views="cifar", epochs=800, batch_size=512,
+        optimizer="sgd", lr=0.1, wd=5e-4, warmup=10.0,
+        segment=32, temperature=1.0,
     ),
     "demo": dict(  # minutes on two cores
-        arch="resnet18", stem="imagenet", zero_init=False, size=32, views="cifar", epochs=3, batch_size=128,
-        optimizer="adamw", lr=2e-3, wd=1e-4, warmup=0.4, hidden=[1024], dim=512, segment=8,
-        temperature=0.5, log_every=10, workers=0,
+        arch="resnet18", stem="imagenet", zero_init=False, hidden=[1024], dim=512,
+        size=32, views="cifar", epochs=3, batch_size=128,
+        optimizer="adamw", lr=2e-3, wd=1e-4, warmup=0.4,
+        segment=8, temperature=0.5, log_every=10, workers=0,
     ),
 }
 # fmt: on
