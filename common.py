@@ -12,7 +12,6 @@ import collections
 import contextlib
 import glob
 import hashlib
-import io
 import itertools
 import json
 import math
@@ -26,14 +25,15 @@ import signal
 import subprocess
 import sys
 import time
-import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 
+import cloudpickle
 import numpy
+import submitit
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -41,7 +41,7 @@ import torchvision
 from PIL import Image
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from torchvision.transforms.functional import center_crop, pil_to_tensor
+from torchvision.transforms.functional import InterpolationMode, center_crop, pil_to_tensor, resize
 from tqdm import tqdm
 
 # ---------------------------------------------------------------------------------------------- arguments
@@ -49,7 +49,7 @@ from tqdm import tqdm
 
 def fail(message):
     """End the program for a mistake of its user: one sentence on stderr, exit code 2."""
-    if int(os.environ.get("RANK", 0)) > 0:
+    if rank() > 0:
         time.sleep(3)  # if all ranks fail alike, rank 0 speaks, and the launcher ends the others meanwhile
     print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
     raise SystemExit(2)
@@ -61,8 +61,8 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         fail(message)
 
-    def parse_args(self, argv=None, namespace=None):
-        args = super().parse_args(argv, namespace)
+    def parse_args(self, argv=None):
+        args = super().parse_args(argv)
         for name, value in vars(args).items():
             if value == "":
                 fail(f"--{name} is empty")
@@ -72,14 +72,13 @@ class Parser(argparse.ArgumentParser):
 def number(kind, low, high=1e9):
     """An argparse type: a number of type `kind` in [low, high]."""
 
-    def parse_number(text):
+    def numeric(text):  # argparse says "invalid numeric value"
         value = kind(text)
         if not low <= value <= high:  # also where it is NaN
             raise argparse.ArgumentTypeError(f"{text} is not between {low:g} and {high:g}")
         return value
 
-    parse_number.__name__ = kind.__name__
-    return parse_number
+    return numeric
 
 
 # fmt: off
@@ -89,9 +88,9 @@ def add_run_flags(add):
     cores = int(os.environ.get("SLURM_CPUS_PER_TASK", os.cpu_count() // ranks_here))
     add("--seed", type=number(int, 0, 2**62), default=0, help="of all random choices")
     add("--workers", type=number(int, 0, 1024), default=min(16, cores), help="processes a rank that decode")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:N or cpu")
-    add("--precision", choices=["bf16", "fp32"], help="of the networks (default: bf16 where the hardware has "
-        "it); the losses are in float32 or better, and nothing is in TF32")
+    add("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu",
+        help="a rank takes the GPU of its number; CUDA_VISIBLE_DEVICES chooses among them")
+    add("--precision", choices=["bf16", "fp32"], help="of the networks (default: bf16 where hardware has it)")
     add("--save-minutes", type=number(float, 1e-3), default=15.0, help="between checkpoints")
     add("--log-every", type=number(int, 1), default=50, help="steps")
 
@@ -134,12 +133,11 @@ def parser_for(doc, lr="for 256 images, times batch-size / 256"):
 def parse(parser, recipes, argv):
     """The flags that are given, over the values of the recipe, over the defaults of the parser."""
     given, _ = parser.parse_known_args(argv)
-    recipe = given.recipe
-    if recipe is None and not given.data:
-        recipe = "demo"
-    elif recipe is None:
+    default = "demo"
+    if given.data:
         name = given.data.partition(":")[0]
-        recipe = name if name in NAMED else "imagenet"
+        default = name if name in NAMED else "imagenet"
+    recipe = given.recipe or default
     if recipe not in recipes:
         fail(f"there is no recipe '{recipe}': choose one with --recipe from {', '.join(recipes)}")
     parser.set_defaults(**recipes[recipe], recipe=recipe, out=f"runs/{Path(sys.argv[0]).stem}-{recipe}")
@@ -252,9 +250,7 @@ def crop(images, boxes, size):
 
 def centre(images, view):
     """The centre of uint8 (n, 3, H, W) after a resize of the shorter side: (n, 3, size, size) in [0, 1]."""
-    shorter = min(images.shape[2:])
-    sides = [view.resize * side // shorter for side in images.shape[2:]]
-    resized = F.interpolate(images.float() / 255, sides, mode="bicubic", antialias=True)
+    resized = resize(images.float() / 255, view.resize, InterpolationMode.BICUBIC)
     return center_crop(resized, view.size).clamp_(0, 1)
 
 
@@ -334,11 +330,10 @@ MEMORY_SIDE, MEMORY_BYTES = 128, 4 << 30  # images of at most this side are kept
 
 
 class Images:
-    """n images: uint8 pixels (n, 3, H, W) on the device or, in one numpy array that workers share, paths of
-    files.
+    """data: uint8 pixels (n, 3, H, W) on the device, or paths of n files in one array that workers share.
 
-    labels (n,), on the CPU, are numbers of the classes, -1 for none. The key stands for the images and their
-    order; with it in the checkpoint, a run goes on with the images that it began with.
+    labels (n,), on the CPU, are numbers of the classes, -1 for none. The key is a hash of all names: with it
+    in the checkpoint, a run goes on with the images that it began with.
     """
 
     def __init__(self, data, labels, classes, key):
@@ -352,6 +347,10 @@ class Images:
     def read(self, i):
         """(3, H, W), uint8; None where a file is no whole image."""
         return self.data[i] if self.in_memory else read_image(os.fsdecode(self.data[i]))
+
+    def labelled(self):
+        """The rows of images with a label."""
+        return (self.labels >= 0).nonzero()[:, 0]
 
     def take(self, rows):
         return Images(self.data[rows.numpy()], self.labels[rows], self.classes, self.key)
@@ -369,34 +368,28 @@ class Images:
 
     def load_state_dict(self, saved):
         if saved != self.state_dict():
-            fail(
-                f"--data has other images than the run began with, {saved['images']} then and {len(self)} now"
-            )
+            fail(f"--data has other images than the run began with, {saved['images']} then, {len(self)} now")
 
 
 def read_image(path):
     """(3, H, W), uint8, RGB; None where the file is no whole image or has more than 179 million pixels."""
     try:
-        data = bytearray(Path(path).read_bytes())
-        picture = Image.open(io.BytesIO(data))  # reads the header, and refuses a decompression bomb
-        if picture.format == "JPEG" and picture.mode in ("RGB", "L"):
-            data = torch.frombuffer(data, dtype=torch.uint8)
-            return torchvision.io.decode_jpeg(data, torchvision.io.ImageReadMode.RGB)
-        if picture.mode.startswith("I;16"):  # 16 bits, which convert would clip
-            return (pil_to_tensor(picture).int() >> 8).byte().expand(3, -1, -1)
-        return pil_to_tensor(picture.convert("RGB"))
+        with Image.open(path) as picture:  # reads the header, and refuses a decompression bomb
+            if picture.mode.startswith("I;16"):  # 16 bits, which convert would clip
+                return (pil_to_tensor(picture).int() >> 8).byte().expand(3, -1, -1)
+            return pil_to_tensor(picture.convert("RGB"))
     except Exception:  # damage has many names
         return None
 
 
 def list_folder(folder, classes=None):
-    """The image files below a folder, at any depth; links are followed, hidden files left out.
+    """The image files below a folder, at any depth, and their classes, which are the folders right below.
 
-    The class of an image is the folder right below. Those in `classes` are known, by default all.
+    Links are followed, hidden files left out. Of other classes than `classes`, if given, images have none.
     """
     found = glob.iglob("**/*", root_dir=folder, recursive=True)
     names = sorted(name for name in found if name.lower().endswith(SUFFIXES))
-    folders = [name.rpartition("/")[0].partition("/")[0] for name in names]
+    folders = [os.path.dirname(name).partition("/")[0] for name in names]
     if classes is None:
         classes = sorted(set(folders) - {""})
     number_of = {name: i for i, name in enumerate(classes)}
@@ -413,11 +406,9 @@ def open_folder(root):
         fail(f"--data {root}: no images there, nor is it a data set's name ({', '.join(NAMED)})")
     for name in ("val", "test"):
         test = list_folder(root / name, train.classes)
-        known = (test.labels >= 0).nonzero()[:, 0]
+        known = test.labelled()
         if folder != root and len(known):
-            print(
-                f"{root / name}: {len(known)} of {len(test)} images are of classes in train/", file=sys.stderr
-            )
+            print(f"{root / name}: {len(known)} of {len(test)} images have classes of train", file=sys.stderr)
             return train, test.take(known)
     print(f"no kNN and no probe: {root}/val has no folders named as those in {root}/train", file=sys.stderr)
     return train, None
@@ -427,15 +418,12 @@ def open_named(name, root):
     """Training and test images of torchvision, and STL-10's bank; downloaded where they are missing."""
     images = []
     try:
-        if rank() == 0:
-            NAMED[name](root, download=True)
-        from_rank_0(bool)  # the others wait
+        from_rank_0(lambda: len(NAMED[name](root, download=True)))  # the others wait
         for split in ["unlabeled", "test", "train"] if name == "stl10" else [True, False]:
             part = NAMED[name](root, split)
-            pixels = torch.tensor(part.data)
+            pixels, labels = torch.tensor(part.data), getattr(part, "labels", None)
             if name != "stl10":
-                pixels = pixels.permute(0, 3, 1, 2).contiguous()
-            labels = part.labels if name == "stl10" else part.targets
+                pixels, labels = pixels.permute(0, 3, 1, 2).contiguous(), part.targets
             images.append(Images(pixels, torch.as_tensor(labels).long(), part.classes, name))
     except (OSError, RuntimeError) as error:
         fail(f"{name} is not in {root} and cannot be had ({error}): give --data {name}:/where/it/lies")
@@ -451,11 +439,12 @@ def to_memory(images, device):
             return images
         with ThreadPoolExecutor() as pool:
             decoded = list(pool.map(images.read, range(len(images))))
-        rows = [i for i, image in enumerate(decoded) if image is not None]
-        if any(decoded[i].shape != first.shape for i in rows):
+        readable = torch.tensor([image is not None for image in decoded])
+        images.report((~readable).nonzero().flatten().tolist())
+        whole = [image for image in decoded if image is not None]
+        if len({image.shape for image in whole}) > 1:
             return images
-        images.report(set(range(len(images))) - set(rows))
-        pixels, labels = torch.stack([decoded[i] for i in rows]), labels[rows]
+        pixels, labels = torch.stack(whole), labels[readable]
     return Images(pixels.to(device), labels, images.classes, images.key)
 
 
@@ -504,17 +493,15 @@ class Crops(torch.utils.data.Dataset):
             if image is not None:
                 break
         u = draw(self.seed, epoch, torch.tensor([i]), len(self.views))[0].tolist()
-        crops = [cut(image, numbers, view) for numbers, view in zip(u, self.views, strict=True)]
+        crops = []
+        for v, view in enumerate(self.views):
+            if view.area:
+                top, left, h, w = crop_box(u[v], *image.shape[1:], view.area)
+                box = image[None, :, top : top + h, left : left + w]
+                crops.append(F.interpolate(box, (view.size, view.size), mode="bicubic", antialias=True)[0])
+            else:
+                crops.append((centre(image[None], view)[0] * 255).round().byte())
         return crops, self.images.labels[row], row == i
-
-
-def cut(image, u, view):
-    """A view's crop of one uint8 image, (3, size, size)."""
-    if not view.area:
-        return (centre(image[None], view)[0] * 255).round().byte()
-    top, left, h, w = crop_box(u, *image.shape[1:], view.area)
-    box = image[None, :, top : top + h, left : left + w]
-    return F.interpolate(box, (view.size, view.size), mode="bicubic", antialias=True)[0]
 
 
 def ignore_signals(_):
@@ -524,13 +511,11 @@ def ignore_signals(_):
 
 
 def load(images, order, views, args, device):
-    """For each (step, epoch, index) of `order`, labels and for each view uint8 images on the device.
-
-    Images in memory come whole, files as crops.
-    """
+    """Yields (step, epoch, index, labels, [uint8 images for each view]): in memory whole, files as crops."""
     if images.in_memory:
-        for _, _, index in order:
-            yield images.labels[index], [images.data[index.to(device, non_blocking=True)]] * len(views)
+        for step, epoch, index in order:
+            whole = images.data[index.to(device, non_blocking=True)]
+            yield step, epoch, index, images.labels[index], [whole] * len(views)
         return
     order, ahead = itertools.tee(order)
     loader = torch.utils.data.DataLoader(
@@ -542,27 +527,26 @@ def load(images, order, views, args, device):
         pin_memory=device.type == "cuda",
         timeout=300 if args.workers else 0,
     )
-    for (_, _, index), (crops, labels, readable) in zip(order, loader, strict=False):
+    for (step, epoch, index), (crops, labels, readable) in zip(order, loader, strict=False):
         images.report(index[~readable].tolist())
-        yield labels, [x.to(device, non_blocking=True) for x in crops]
+        yield step, epoch, index, labels, crops
 
 
 def view_batches(images, order, views, args, device):
     """Yields (step, [x (n, 3, S, S) of each view], labels (n,)) for each (step, epoch, index) of `order`."""
-    order, ahead = itertools.tee(order)
-    loaded = load(images, ahead, views, args, device)
-    for (step, epoch, index), (labels, sources) in zip(order, loaded, strict=False):
+    for step, epoch, index, labels, sources in load(images, order, views, args, device):
         u = draw(args.seed, epoch, index, len(views))
         xs = []
         for v, view in enumerate(views):
+            rows = len(index)
+            if device.type == "cpu":  # whose cache is small
+                rows = max(1, 2**18 // view.size**2)
             operations = ORDERS[int(hash64(args.seed, step, v)) % len(ORDERS)]
-            rows = (
-                len(index) if device.type == "cuda" else max(1, 2**18 // view.size**2)
-            )  # a CPU's cache is small
-            parts = zip(sources[v].split(rows), u[:, v].split(rows), strict=True)
-            xs.append(
-                torch.cat([make_view(x, some, view, operations, images.in_memory) for x, some in parts])
-            )
+            source = sources[v].to(device, non_blocking=True)
+            parts = []
+            for part, u_part in zip(source.split(rows), u[:, v].split(rows), strict=True):
+                parts.append(make_view(part, u_part, view, operations, images.in_memory))
+            xs.append(torch.cat(parts))
         yield step, xs, labels.to(device, non_blocking=True)
 
 
@@ -584,18 +568,7 @@ def batches(train, args, device, start, stop):
 
 
 # The built-in images: kinds of pattern, which are the labels, and the period of each in pixels.
-PATTERNS = [
-    "pinstripes",
-    "stripes",
-    "waves",
-    "checks",
-    "grid",
-    "dots",
-    "rings",
-    "triangles",
-    "clouds",
-    "grains",
-]
+PATTERNS = "pinstripes stripes waves checks grid dots rings triangles clouds grains".split()
 PERIODS = (3.8, 10, 8, 14, 8, 5.5, 12, 10, 1, 1)
 
 
@@ -614,14 +587,14 @@ def draw_patterns(n, split):
     pace = math.tau * (0.85 + 0.3 * stretch) / torch.tensor(PERIODS)[labels].view(-1, 1, 1, 1)
     a, b = pace * across, pace * along
 
-    wave = a.cos()
-    hills = wave + b.cos()
+    wave, ridge = a.cos(), b.cos()
+    hills = wave + ridge
     heights = [
         wave,
         wave,
-        (a + 2 * b.cos()).cos(),
-        3 * wave * b.cos(),
-        wave.maximum(b.cos()) - 0.8,
+        (a + 2 * ridge).cos(),
+        3 * wave * ridge,
+        wave.maximum(ridge) - 0.8,
         hills - 0.5,
         (hills - 1.1).abs() - 0.5,
         a.sin() - 2 * (a / 2).sin() * (0.866 * b).cos(),
@@ -676,11 +649,10 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
         if world() == 1 or not self.training:
             return super().forward(x)
         self.num_batches_tracked.add_(1)
+        everyone = GatherRows.apply(x)
         running = self.running_mean, self.running_var
-        x = GatherRows.apply(x)
-        y = F.batch_norm(x, *running, self.weight, self.bias, True, self.momentum, self.eps)
-        n = len(y) // world()
-        return y[rank() * n : (rank() + 1) * n]  # not chunk(): ReLU may not work in place on its views
+        y = F.batch_norm(everyone, *running, self.weight, self.bias, True, self.momentum, self.eps)
+        return y[rank() * len(x) :][: len(x)]  # not chunk(): ReLU may not work in place on its views
 
 
 class GatherRows(torch.autograd.Function):
@@ -703,13 +675,13 @@ def per_view(net, xs, micro_batch=0):
     With micro_batch, the activations of that many rows are kept at a time: backward computes them again.
     """
     groups = [*xs[:2], torch.cat(xs[2:])] if len(xs) > 2 else xs
-    contexts = lambda: (contextlib.nullcontext(), frozen_statistics(net))
-    again = partial(checkpoint, net, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+    options = dict(use_reentrant=False, preserve_rng_state=False)
+    options["context_fn"] = lambda: (contextlib.nullcontext(), frozen_statistics(net))
     hs = []
     for x in groups:
         if micro_batch and torch.is_grad_enabled():
             parts = x.tensor_split(math.ceil(len(x) / micro_batch))
-            hs.append(torch.cat([again(part) for part in parts]))
+            hs.append(torch.cat([checkpoint(net, part, **options) for part in parts]))
         else:
             hs.append(net(x))
     return hs[:2] + [h for local in hs[2:] for h in local.chunk(len(xs) - 2)]
@@ -744,7 +716,6 @@ def parallel(net, args, device):
         options = dict(device_ids=[device.index])
     else:  # keep the buckets, so that a resumed run sums gradients in the same order, to the bit
         options = dict(find_unused_parameters=True)
-        warnings.filterwarnings("ignore", "find_unused_parameters")
     model = nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True, **options)
     model.broadcast_buffers = False  # they are the same on all ranks; the argument of that name goes
     return model
@@ -789,7 +760,7 @@ def from_rank_0(make):
 
 
 def all_reduce(x):
-    """The sum over ranks of a statistic from which every rank computes the same loss; without ranks, x.
+    """The sum over ranks of a statistic from which every rank computes the same loss.
 
     Backward needs no communication: the gradient times W, since DDP divides by W.
     """
@@ -821,35 +792,24 @@ def start(args, script):
     args.script = str(Path(script).resolve())
     if args.batch_size % world() or args.batch_size < 2 * world():
         fail(f"--batch-size {args.batch_size} on {world()} ranks: it must divide, into 2 or more images each")
-    device = choose_device(args.device)
-    join = partial(dist.init_process_group, "gloo")
+    device = torch.device("cpu")
+    group = dict(backend="gloo")
     has_bf16 = torch.backends.cpu.get_cpu_capability() == "AVX512"
-    if device.type == "cuda":
+    if args.device == "cuda":
+        gpus = torch.cuda.device_count()  # SLURM may show a rank only its own
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) if gpus > 1 else 0)
+        if device.index >= gpus:
+            fail(f"--device cuda: GPU {device.index} is wanted and there are {gpus}, give cpu or fewer ranks")
         torch.cuda.set_device(device)
-        join = partial(dist.init_process_group, "nccl", device_id=device)
+        group = dict(backend="nccl", device_id=device)
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     if args.precision is None:
         args.precision = "bf16" if has_bf16 else "fp32"
     torch.backends.cudnn.allow_tf32 = False
     if world() > 1 and not dist.is_initialized():
-        join()
+        dist.init_process_group(**group)
     from_rank_0(lambda: check_directory(args))
     torch.manual_seed(args.seed)
-    return device
-
-
-def choose_device(name):
-    """The device of --device: of several GPUs that of the local rank; SLURM may show a rank only one."""
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        fail(f"--device {name}: give cuda, cuda:N or cpu")
-    if name.startswith("cuda:") and world() > 1:
-        fail(f"--device {name} with {world()} ranks: give cuda, and each takes its own")
-    device = torch.device(name)
-    gpus = torch.cuda.device_count()
-    if name == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) if gpus > 1 else 0)
-    if device.type == "cuda" and device.index >= gpus:
-        fail(f"--device {name}: GPU {device.index} is wanted, and there are {gpus}")
     return device
 
 
@@ -857,10 +817,9 @@ def choose_device(name):
 
 
 class LARS(torch.optim.SGD):
-    """SGD with momentum whose gradients are scaled, layer by layer, by trust |weights| / |gradient with
-    decay|.
+    """You, Gitman, Ginsburg 2017: SGD, each layer's gradient times 1e-3 |weights| / |gradient with decay|.
 
-    You, Gitman, Ginsburg 2017. Biases and norms are not scaled and do not decay.
+    Biases and norms are not scaled and do not decay.
     """
 
     @torch.no_grad()
@@ -910,19 +869,18 @@ def features(backbone, images, rows, args, resize=0):
     """Features (m, D), float32, of the centres of images `rows`, and their labels (m,), on every rank."""
     device = next(backbone.parameters()).device
     view = View(size=args.size, resize=resize or args.size * 8 // 7)  # 36 for 32, 73 for 64, 256 for 224
-    shards = torch.cat([rows, rows[:1].expand(-len(rows) % world())]).view(-1, world())
-    order = [(0, 0, part) for part in shards[:, rank()].split(256)]
+    padded = torch.cat([rows, rows[:1].expand(-len(rows) % world())])  # the same number on all ranks
+    order = [(0, 0, part) for part in padded.chunk(world())[rank()].split(256)]
     training = backbone.training
     backbone.eval()
     hs, ys = [], []
     batches = view_batches(images, order, [view], args, device)
-    for _, (x,), y in tqdm(batches, "features", len(order), disable=rank() > 0 or len(order) < 100):
+    for _, (x,), y in tqdm(batches, "features", len(order), disable=rank() > 0, delay=10):
         with autocast(args, device):
             hs.append(backbone(x).float())
         ys.append(y)
     backbone.train(training)
-    gathered = [all_gather(torch.cat(parts)).unflatten(0, (world(), -1)) for parts in (hs, ys)]
-    return [parts.transpose(0, 1).flatten(0, 1)[: len(rows)] for parts in gathered]
+    return [all_gather(torch.cat(parts))[: len(rows)] for parts in (hs, ys)]
 
 
 def nearest(h, bank, k):
@@ -955,8 +913,8 @@ def effective_rank(z):
 def spread(h, z):
     """How far features h (n, D) and embeddings z (n, d) are from collapse, of 1,024 rows of all ranks."""
     h, z = [all_gather(x[: 1024 // world()].float()) for x in (h, z)]
-    ranks = dict(rank_h=effective_rank(h), rank_z=effective_rank(z), spectrum_z=spectrum(z))
-    return dict(ranks, std_h=h.std(0).mean(), std_z=F.normalize(z, dim=1).std(0).mean())
+    deviations = dict(std_h=h.std(0).mean(), std_z=F.normalize(z, dim=1).std(0).mean())
+    return dict(deviations, rank_h=effective_rank(h), rank_z=effective_rank(z), spectrum_z=spectrum(z))
 
 
 def gradient_norm(net):
@@ -965,14 +923,11 @@ def gradient_norm(net):
 
 
 class Probe(nn.Sequential):
-    """Online linear classifier of detached, L2-normalised features, after a BN without parameters.
-
-    It does nothing where training images have no labels.
-    """
+    """Online linear classifier of L2-normalised features after a BN; without labels it does nothing."""
 
     def __init__(self, width, train, device):
         super().__init__(BatchNorm(width, affine=False), nn.Linear(width, len(train.classes) or 1))
-        self.labelled = bool((train.labels >= 0).any())
+        self.labelled = len(train.labelled()) > 0
         self.to(device)
         self.optimizer = torch.optim.SGD(self.parameters(), 0.1, momentum=0.9)
 
@@ -1012,8 +967,7 @@ def evaluate(backbone, probe, bank, test, args):
     """Accuracies in [0, 1] of kNN (k = 20) and probe: 10,000 test images, a bank of 25,000 at most."""
     if test is None:
         return {}
-    labelled = (bank.labels >= 0).nonzero()[:, 0]
-    h_bank, y_bank = features(backbone, bank, evenly(labelled, 25_000), args)
+    h_bank, y_bank = features(backbone, bank, evenly(bank.labelled(), 25_000), args)
     h, y = features(backbone, test, evenly(torch.arange(len(test)), 10_000), args)
     similarity, rows = nearest(h, h_bank, min(20, len(h_bank)))
     votes = knn_votes(similarity, y_bank[rows], len(bank.classes))
@@ -1041,11 +995,12 @@ def check_directory(args):
         before = json.loads((out / "args.json").read_text())
     except (OSError, ValueError) as error:
         fail(f"--out {out} is neither empty nor a run directory ({error}): choose another")
-    now = json.loads(json.dumps(vars(args)))
-    changed = [name for name in now if name not in MAY_CHANGE and now[name] != before.get(name)]
-    if changed:
-        differences = [f"{name} {before.get(name)} -> {now[name]}" for name in changed]
-        fail(f"--out {out} holds another run ({', '.join(differences)}): choose another")
+    changes = []
+    for name, value in json.loads(json.dumps(vars(args))).items():
+        if name not in MAY_CHANGE and value != before.get(name):
+            changes.append(f"{name} {before.get(name)} -> {value}")
+    if changes:
+        fail(f"--out {out} holds another run ({', '.join(changes)}): choose another")
 
 
 def surroundings():
@@ -1055,20 +1010,19 @@ def surroundings():
         command=sys.argv,
         commit=subprocess.run(describe, capture_output=True, text=True).stdout.strip(),
         versions=[sys.version, torch.__version__, torchvision.__version__],
-        hardware=[torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-        or os.uname().machine,
+        hardware=torch.cuda.get_device_name() if torch.cuda.is_available() else os.uname().machine,
         ranks=world(),
     )
 
 
 def write(path, save):
     """save(file) to a temporary file, which is renamed, so that a killed run leaves the old file intact."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = Path(f"{path}.tmp")
     with open(temporary, "wb") as file:
         save(file)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 def load_checked(path):
@@ -1096,39 +1050,38 @@ def newest_checkpoint(out):
 
 
 def resume(args, state):
-    """Make the run directory, or load its newest checkpoint; the number of steps that are done.
-
-    state: name -> anything with state_dict and load_state_dict.
-    """
+    """Make the run directory, or load its newest checkpoint into the parts of `state`; the steps done."""
     out = Path(args.out)
     path = from_rank_0(lambda: newest_checkpoint(out))
-    saved = load_checked(path) if path else dict(step=0)
+    step = 0
     if path:
+        saved = load_checked(path)
+        step = saved["step"]
         for name, part in state.items():
             part.load_state_dict(saved[name])
     if rank() > 0:
-        return saved["step"]
+        return step
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / "token").write_text(TOKEN)
-        settings = json.dumps({**vars(args), "surroundings": surroundings()}, indent=1).encode()
-        write(out / "args.json", lambda file: file.write(settings))
-        for source in {Path(args.script), Path(__file__).resolve()} - set(out.resolve().iterdir()):
-            shutil.copy(source, out)
+        settings = json.dumps(dict(vars(args), surroundings=surroundings()), indent=1)
+        write(out / "args.json", lambda file: file.write(settings.encode()))
+        for source in (args.script, __file__):
+            with contextlib.suppress(shutil.SameFileError):  # a run's own copy
+                shutil.copy(source, out)
         if path:
-            print(f"{out}: resuming at step {saved['step']} of {saved['world']} ranks", file=sys.stderr)
-        if (out / "log.jsonl").exists():
-            whole = [
-                line for line in (out / "log.jsonl").read_text().splitlines(True) if line.endswith("}\n")
-            ]
-            records = [(json.loads(line), line) for line in whole]
-            kept = [
-                line for record, line in records if record["step"] + ("loss" not in record) <= saved["step"]
-            ]
-            write(out / "log.jsonl", lambda file: file.write("".join(kept).encode()))
+            print(f"{out}: resuming at step {step} of {saved['world']} ranks", file=sys.stderr)
+        log = out / "log.jsonl"
+        if log.exists():
+            kept = bytearray()
+            for line in log.read_bytes().splitlines(True):
+                last = step if b'"loss"' in line else step - 1  # evaluations are made again
+                if line.endswith(b"}\n") and json.loads(line)["step"] <= last:
+                    kept += line
+            write(log, lambda file: file.write(kept))
     except OSError as error:
         fail(f"--out {out} cannot be written: {error}")
-    return saved["step"]
+    return step
 
 
 def check_finite(step, values):
@@ -1151,10 +1104,10 @@ def save(args, step, state, backbone, loss, terms, name="backbone.pth"):
     try:
         if (out / "token").read_text() != TOKEN:
             fail(f"step {step}: another run was started on {out}, and this one ends")
-        write(out / "checkpoint-new.pt", lambda file: torch.save(dict(saved, step=step, world=world()), file))
-        if (out / "checkpoint.pt").exists():
-            os.replace(out / "checkpoint.pt", out / "checkpoint-previous.pt")
-        os.replace(out / "checkpoint-new.pt", out / "checkpoint.pt")
+        checkpoint = out / "checkpoint.pt"
+        if checkpoint.exists():
+            checkpoint.replace(out / "checkpoint-previous.pt")
+        write(checkpoint, lambda file: torch.save(dict(saved, step=step, world=world()), file))
         write(out / name, lambda file: torch.save(backbone.state_dict(), file))
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         fail(f"step {step} cannot be saved in {out} ({error}); the checkpoint before is kept")
@@ -1172,8 +1125,7 @@ class Log:
     def __init__(self, args, start, total):
         self.args, self.total, self.waiting = args, total, 0.0
         self.step, self.clock = start, time.monotonic()
-        interval = 0.5 if sys.stderr.isatty() else 30
-        self.bar = tqdm(total=total, initial=start, disable=rank() > 0, mininterval=interval)
+        self.bar = tqdm(total=total, initial=start, disable=rank() > 0, mininterval=5)
         if rank() == 0:
             from torch.utils import tensorboard  # slow to import
 
@@ -1202,8 +1154,10 @@ class Log:
         values = {name: value.item() if torch.is_tensor(value) else value for name, value in values.items()}
         now = time.monotonic()
         group = "eval"
+        self.bar.set_postfix(values, refresh=False)
         if "loss" in values:
             group = "train"
+            self.bar.set_postfix(loss=values["loss"], refresh=False)
             values["images_per_second"] = self.args.batch_size * (step - self.step) / (now - self.clock)
             values["seconds_waiting"] = self.waiting
         self.step, self.clock, self.waiting = step, now, 0.0
@@ -1216,8 +1170,6 @@ class Log:
             if values["rank_z"] < 4 <= len(spectrum_z) / 4 and step > min(100, self.total // 4):
                 text = f"collapse: the effective rank of the embeddings is {values['rank_z']:.1f}"
                 tqdm.write(f"step {step}: {text} of {len(spectrum_z)}", sys.stderr)
-        shown = {name: values[name] for name in ("loss", "images_per_second", "knn") if name in values}
-        self.bar.set_postfix(shown, refresh=False)
 
     def close(self):
         self.bar.close()
@@ -1244,7 +1196,7 @@ class Signals:
     def agree(self):
         """Whether to stop, and whether to save, the same on all ranks: any rank's signal, rank 0's clock."""
         due = rank() == 0 and time.monotonic() - self.saved_at > 60 * self.args.save_minutes
-        votes = torch.tensor([self.received, int(due)])
+        votes = torch.tensor([self.received, due])
         if dist.is_initialized():
             dist.all_reduce(votes, dist.ReduceOp.MAX, group=cpu_group(dist.group.WORLD))
         self.received, due = votes.tolist()
@@ -1290,13 +1242,12 @@ def finish(log, signals):
     out = Path(log.args.out)
     accuracies = re.findall(r'"knn": ([0-9.e-]+)', (out / "log.jsonl").read_text())
     if accuracies:
-        first, last = 100 * float(accuracies[0]), 100 * float(accuracies[-1])
-        print(f"kNN accuracy: {first:.1f} % at initialisation, {last:.1f} % now")
+        first, last = float(accuracies[0]), float(accuracies[-1])
+        print(f"kNN accuracy: {first:.1%} at initialisation, {last:.1%} now")
     print(f"{out}: backbone.pth (torchvision's names), checkpoint.pt, log.jsonl, args.json")
     data = f" --data {log.args.data}" if log.args.data else ""
-    print(
-        f"next: tensorboard --logdir {out}\n      python eval_linear.py --backbone {out}/backbone.pth{data}"
-    )
+    print(f"next: tensorboard --logdir {out}")
+    print(f"      python eval_linear.py --backbone {out}/backbone.pth{data}")
 
 
 # ------------------------------------------------------------------------------------------------- launch
@@ -1345,30 +1296,29 @@ def sweep_points(sweep, argv, get_args):
     axes = []
     for item in sweep:
         flag, _, values = item.partition("=")
-        if not all([flag, *values.split(",")]):
+        if not values:
             fail(f"--sweep {item}: give flag=value,value")
-        axes.append([(flag, value) for value in values.split(",")])
+        axes.append([f"{flag}={value}" for value in values.split(",")])
     runs = []
     for point in itertools.product(*axes):
         flags = list(argv)
-        for flag, value in point:
+        for setting in point:
+            flag, _, value = setting.partition("=")
             switch = {"true": [f"--{flag}"], "false": [f"--no-{flag}"]}
             flags += switch.get(value, [f"--{flag}", *value.split()])
-        name = ",".join(f"{flag}={value}" for flag, value in point)
-        runs.append([*flags, "--out", str(out / re.sub(r"[^\w.,=+-]", "_", name))])
+        name = re.sub(r"[^\w.,=+-]", "_", ",".join(point))
+        runs.append([*flags, "--out", str(out / name)])
         get_args(runs[-1])
     return runs
 
 
-class Job:
+class Job(submitit.helpers.Checkpointable):
     """What each task of a job does: some runs in turn, as one rank. A job that is requeued resumes."""
 
     def __init__(self, script, runs):
         self.script, self.runs, self.gpus = script, runs, os.environ.get("CUDA_VISIBLE_DEVICES", "")
 
     def __call__(self):
-        import submitit
-
         job = submitit.JobEnvironment()
         job.paths.result_pickle.unlink(missing_ok=True)  # of an earlier life
         ranks = submitit.helpers.TorchDistributedEnvironment()
@@ -1377,12 +1327,10 @@ class Job:
             os.environ["CUDA_VISIBLE_DEVICES"] = self.gpus
             if not self.gpus:
                 del os.environ["CUDA_VISIBLE_DEVICES"]
-        lives = int(os.environ.get("SLURM_RESTART_COUNT", 0))
         sys.path.insert(0, os.path.dirname(self.script))
-        for i, flags in enumerate(self.runs):
-            ranks.master_port = (
-                10000 + (37 * int(job.raw_job_id) + 1009 * lives + i) % 20000
-            )  # an old one lingers
+        ranks.master_port += 100 * int(os.environ.get("SLURM_RESTART_COUNT", 0))
+        for flags in self.runs:
+            ranks.master_port += 1  # the store of the run or of the life before may still be there
             ranks.export(set_cuda_visible_devices=False, overwrite=True)
             sys.argv = [self.script, *flags]
             try:
@@ -1391,27 +1339,16 @@ class Job:
                 if end.code and len(self.runs) == 1:
                     raise
 
-    def checkpoint(self):
-        """What submitit submits again when it requeues the job."""
-        import submitit
-
-        return submitit.helpers.DelayedSubmission(self)
-
 
 def submit(job, runs):
     """Submit runs with copies of the code as it is: on SLURM as a job array, here as one job, in turn."""
-    import cloudpickle
-    import submitit
-
     out = Path(os.path.commonpath([flags[-1] for flags in runs]))
     folder = out / "submit" / time.strftime("%Y%m%d-%H%M%S")
     try:
         folder.mkdir(parents=True)
         script = shutil.copy(sys.argv[0], folder)
         shutil.copy(__file__, folder)
-        executor = submitit.AutoExecutor(
-            folder, cluster=job.submit, **{f"{job.submit}_max_num_timeout": 1000}
-        )
+        executor = submitit.AutoExecutor(folder, job.submit, **{f"{job.submit}_max_num_timeout": 1000})
         executor.update_parameters(
             name=out.name,
             nodes=job.nodes,
@@ -1427,9 +1364,10 @@ def submit(job, runs):
             slurm_additional_parameters={"requeue": True, **dict(item.split("=", 1) for item in job.slurm)},
         )
         cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the job imports the copy of this file
-        groups = [[flags] for flags in runs] if job.submit == "slurm" else [runs]
+        groups = [[flags] for flags in runs]
         terminal = [os.dup(stream) for stream in range(3)]
-        if job.submit == "local":  # in the background: neither this terminal nor its pipes
+        if job.submit == "local":  # one job in the background: neither this terminal nor its pipes
+            groups = [runs]
             for stream in range(3):
                 os.dup2(os.open(os.devnull, os.O_RDWR), stream)
         with executor.batch():

@@ -117,7 +117,7 @@ RECIPES = {  # the official commands; --lr is absolute
         size=32, epochs=1000, batch_size=512, lr=0.5,
         alpha=1000.0, forget=0.01,
     ),
-    "demo": dict(  # minutes on two cores
+    "demo": dict(  # takes minutes on two cores
         arch="resnet18", stem="imagenet", zero_init=False, hidden=[1024], dim=64, norm=True,
         size=32, views="cifar", epochs=3, batch_size=128,
         optimizer="adamw", lr=2e-3, wd=1e-4, warmup=0.4, first_lr=0.0, last_lr=0.0,
@@ -131,7 +131,7 @@ RECIPES["imagenet100-resnet50"] = dict(  # 82.64 %
 
 
 def get_args(argv=None):
-    """Arguments from argv (default: the command line), each left out taken from the recipe."""
+    """Arguments from argv, by default the command line; those not given come from the recipe."""
     parser = common.parser_for(__doc__, lr="absolute")
     add = parser.add_argument_group("CorInfoMax").add_argument
     add("--objective", choices=["corinfomax", "ldmi"], default="corinfomax", help="L")
@@ -170,7 +170,7 @@ class Online(nn.Module):
         self.projector = common.mlp(self.width, *args.hidden, args.dim, norm=args.norm)
 
     def forward(self, xs: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Features (n, D) of the first view and projections (v, n, d) of all."""
+        """Features (n, D) of the first of v views, and embeddings (v, n, d) of all."""
         hs = common.per_view(self.backbone, xs, self.micro_batch)
         return hs[0], torch.stack(common.per_view(self.projector, hs))
 
@@ -206,7 +206,7 @@ def main(args):
         loss, terms = criterion(*F.normalize(zs.float(), dim=2), args.alpha)
         optimizer.zero_grad()
         loss.backward()
-        gradient_norm = common.gradient_norm(online)
+        gradient_norm = common.gradient_norm(online)  # now, since LARS changes gradients in place
         optimizer.step()
         probe.step(h.float().detach(), y)
 

@@ -214,11 +214,11 @@ RECIPES = {
         optimizer="adamw", lr=5e-4, wd=1e-4, warmup=10.0, target=False, ema=0.99,
         gamma=3.0, features=0, scale="adaptive",
     ),
-    "demo": dict(  # minutes on two cores
+    "demo": dict(  # takes minutes on two cores
         arch="resnet18", stem="imagenet", zero_init=False, hidden=1024, dim=256,
         size=32, views="cifar", epochs=3, batch_size=128,
         optimizer="adamw", lr=2e-3, wd=1e-4, warmup=0.4, target=False, ema=0.9,
-        gamma=1.0, features=0, scale="adaptive", log_every=10, workers=0,
+        gamma=3.0, features=0, scale="adaptive", log_every=10, workers=0,
     ),
 }
 # fmt: on
@@ -226,7 +226,7 @@ RECIPES["cifar100"] = RECIPES["cifar10"]
 
 
 def get_args(argv=None):
-    """Arguments from argv (default: the command line), each left out taken from the recipe."""
+    """Arguments from argv, by default the command line; those not given come from the recipe."""
     parser = common.parser_for(__doc__)
     add = parser.add_argument_group("SSL-HSIC").add_argument
     add("--gamma", type=common.number(float, 0, 1e6), help="gamma, weight of sqrt(HSIC(Z, Z))")
@@ -308,7 +308,7 @@ def main(args):
         loss, terms = hsic_loss(zs, c, args.gamma, args.kernel, args.features, args.seed, step, args.draws)
         optimizer.zero_grad()
         loss.backward()
-        gradient_norm = common.gradient_norm(online)
+        gradient_norm = common.gradient_norm(online)  # now, since LARS changes gradients in place
         optimizer.step()
         scale.optimizer.step()
         if args.target:

@@ -134,7 +134,7 @@ RECIPES = {
         optimizer="adamw", lr=5e-4, wd=1e-4, warmup=10.0,
         alpha=2500.0, b=[1.0, 40.0, 40.0],
     ),
-    "demo": dict(  # minutes on two cores
+    "demo": dict(  # takes minutes on two cores
         arch="resnet18", stem="imagenet", zero_init=False, hidden=[1024], dim=512,
         size=32, views="cifar", epochs=3, batch_size=128,
         optimizer="adamw", lr=2e-3, wd=1e-4, warmup=0.4,
@@ -146,7 +146,7 @@ RECIPES["stl10"] = dict(RECIPES["imagenet20-resnet18"], subset=0, size=64, views
 
 
 def get_args(argv=None):
-    """Arguments from argv (default: the command line), each left out taken from the recipe."""
+    """Arguments from argv, by default the command line; those not given come from the recipe."""
     parser = common.parser_for(__doc__)
     add = parser.add_argument_group("SFRIK").add_argument
     add("--alpha", type=common.number(float, 0), help="alpha, weight of the invariance")
@@ -177,7 +177,7 @@ class Online(nn.Module):
         self.projector = common.mlp(self.width, *args.hidden, args.dim)
 
     def forward(self, xs: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Features (n, D) of the first view and projections (v, n, d) of all."""
+        """Features (n, D) of the first of v views, and embeddings (v, n, d) of all."""
         hs = common.per_view(self.backbone, xs, self.micro_batch)
         return hs[0], torch.stack(common.per_view(self.projector, hs))
 
@@ -211,7 +211,7 @@ def main(args):
         loss, terms = mmd_sphere_loss(zs.float(), args.alpha, args.b, args.kernel, args.log, args.tau)
         optimizer.zero_grad()
         loss.backward()
-        gradient_norm = common.gradient_norm(online)
+        gradient_norm = common.gradient_norm(online)  # now, since LARS changes gradients in place
         optimizer.step()
         probe.step(h.float().detach(), y)
 

@@ -4,19 +4,20 @@ Split an embedding into S segments of s units, take a softmax in each, p1 and p2
 and let P[a,i,b,j] = 1/N sum_n p1[n,a,i] p2[n,b,j] be the joint probability of unit i of segment a and unit j
 of segment b:
 
-    L = 1/S sum_a sum_i P log P at (a,i,a,i)                          maximise the entropy of each segment
-      + 1/(S (S - 1)) sum_{a != b} sum_ij P log P at (a,i,b,j)        and make segments independent
+    L = 1/S sum_a sum_i P[a,i,a,i] log P[a,i,a,i]                     maximise the entropy of each segment
+      + 1/(S (S - 1)) sum_{a != b} sum_ij P[a,i,b,j] log P[a,i,b,j]   and make segments independent
       - 1/(N S) sum_n sum_a log sum_i p1[n,a,i] p2[n,a,i]             views agree
 
-No momentum network, no stop-gradient, no normalisation of the embedding. L >= -3 log s.
+No momentum network, no stop-gradient, no normalisation of the embedding. L >= -3 log s, reached where units
+are equally frequent, segments independent, and both views of an image have the same one-hot code.
 
-Niu, Wang 2022, arXiv 2206.06461. The code was not released; the numbers are those of its successor's, IMSVD.
+Niu, Wang 2022, arXiv 2206.06461. The code was not released: settings are those of its successor, IMSVD.
 
     python music.py                                                 built-in images, minutes on a CPU
-    torchrun --nproc_per_node 8 music.py --data /imagenet           the published recipe
+    torchrun --nproc_per_node 8 music.py --data /imagenet           the recipe `imagenet`
 
-Other than in that code: P, of d x d numbers, is shared among ranks, and one process holds some rows of it at
-a time; probabilities are clamped at 1e-30 in logarithms, not at 1e-8.
+Differences from IMSVD's code: each rank evaluates its share of P, which has d x d numbers, and one process
+alone holds only some rows of P at a time; probabilities are clamped at 1e-30 in logarithms, not at 1e-8.
 """
 
 import torch
@@ -28,12 +29,12 @@ import common
 # ----------------------------------------------------------------------------------------- the loss
 
 
-def log(p: Tensor) -> Tensor:
+def safe_log(p: Tensor) -> Tensor:
     return p.clamp(min=1e-30).log()
 
 
 def music_loss(z1, z2, segment_size, weights=(1, 1, 1), temperature=1) -> tuple[Tensor, dict[str, Tensor]]:
-    """L of embeddings z1, z2 (n, d), d = S s, float32 or better, over all ranks; weights of its three terms.
+    """L of embeddings z1, z2 (n, d), d = S s, float32 or better, over all ranks; `weights` scale its terms.
 
     Raises ValueError where d is not a multiple of the segment size s.
     """
@@ -44,11 +45,11 @@ def music_loss(z1, z2, segment_size, weights=(1, 1, 1), temperature=1) -> tuple[
     p1 = torch.softmax(z1.view(n, S, segment_size) / temperature, 2)  # (n, S, s)
     p2 = torch.softmax(z2.view(n, S, segment_size) / temperature, 2)
 
-    same = p1 * p2
-    agreement = log(same.sum(2)).sum()
-    sums = common.all_reduce(torch.cat([same.sum(0).flatten(), agreement.view(1)]))
-    P = sums[:-1] / N  # (d,): a = b, i = j
-    diagonal = (P * log(P)).sum() / S
+    both = p1 * p2
+    agreement = safe_log(both.sum(2)).sum()
+    sums = common.all_reduce(torch.cat([both.sum(0).flatten(), agreement.view(1)]))
+    P_diagonal = sums[:-1] / N  # (d,): P[a,i,a,i]
+    diagonal = (P_diagonal * safe_log(P_diagonal)).sum() / S
     invariance = -sums[-1] / (N * S)
     off_diagonal = torch.zeros_like(diagonal)
     if S > 1:
@@ -62,75 +63,75 @@ def music_loss(z1, z2, segment_size, weights=(1, 1, 1), temperature=1) -> tuple[
 
 
 def between_segments(p: Tensor, s: int) -> tuple[Tensor, Tensor]:
-    """1/(S (S - 1)) sum of P log P over blocks a != b of P = p1^T p2 / N, for p (2, n, d), over all ranks.
+    """The second term of L, of p (2, n, d) over all ranks, and its gradient with respect to p.
 
-    Its gradient with respect to p comes along, times W since DDP divides by W: G = dL/dP = log P + 1 is at
-    hand where P is, so that dL/dp1 = p2 G^T / N and dL/dp2 = p1 G / N are computed in the same pass over rows
-    of P, which is then forgotten. Each rank does its share of the segments a.
+    With P = p1^T p2 / N and G = log P + 1, both without the blocks a = b, the gradient of sum P log P is p2
+    G^T / N and p1 G / N. G is at hand where P is, so that value and gradient come in one pass. The gradient
+    is W times this rank's part of it, W the number of ranks, since DDP divides by W.
     """
     _, n, d = p.shape
     S, W, r = d // s, common.world(), common.rank()
-    mine = torch.arange(S).tensor_split(W)[r].tolist()
+    my_segments = torch.arange(S).tensor_split(W)[r].tolist()
     value = p.new_zeros(())
-    if W > 1 and d < 2 * n * W:  # the ranks exchange P and G, d^2 numbers each
+    if W > 1 and 2 * d**2 < 4 * n * W * d:  # fewer numbers to exchange: P and G, d^2 each
         P = (p[0] / (n * W)).mT @ p[1]
         dist.all_reduce(P)
-        G = torch.zeros_like(P)
-        for a in mine:
+        G = torch.zeros_like(P)  # rows of the other ranks' segments stay 0, for the sum below
+        for a in my_segments:
             rows = slice(a * s, (a + 1) * s)
-            G[rows], part = entropy(P[rows], a, s)
+            part, G[rows] = plogp_and_gradient(P[rows], a, s)
             value += part
         dist.all_reduce(G)
         grad = torch.stack([p[1] @ G.mT, p[0] @ G])
-    else:  # the ranks exchange p1 and p2, and their gradients, 2 N d numbers each
+    else:  # p1 and p2, and their gradients, N d each
         p1, p2 = common.all_gather(p[0]), common.all_gather(p[1])
         grad = torch.zeros(2, n * W, d, dtype=p.dtype, device=p.device)
-        per_pass = max(1, 1024 // s)
-        for first in mine[::per_pass]:
-            rows = slice(first * s, min(first + per_pass, mine[-1] + 1) * s)
-            P = (p1[:, rows] / (n * W)).mT @ p2  # (rows, d), then G in its place
+        segments_at_once = max(1, 1024 // s)  # about 1024 rows of P
+        for first in my_segments[::segments_at_once]:
+            rows = slice(first * s, min(first + segments_at_once, my_segments[-1] + 1) * s)
+            G = (p1[:, rows] / (n * W)).mT @ p2  # this is P (rows, d), which G replaces block by block
             for a in range(first, rows.stop // s):
                 block = slice((a - first) * s, (a - first + 1) * s)
-                P[block], part = entropy(P[block], a, s)
+                part, G[block] = plogp_and_gradient(G[block], a, s)
                 value += part
-            grad[0, :, rows] = p2 @ P.mT
-            grad[1].addmm_(p1[:, rows], P)
+            grad[0, :, rows] = p2 @ G.mT
+            grad[1].addmm_(p1[:, rows], G)
         if W > 1:
             dist.all_reduce(grad)
         grad = grad[:, r * n : (r + 1) * n]
     if W > 1:
         dist.all_reduce(value)
     scale = 1 / (S * (S - 1))
-    return value * scale, grad * (scale / n)
+    return value * scale, grad * (scale / n)  # 1 / n is W / N
 
 
-def entropy(P: Tensor, a: int, s: int) -> tuple[Tensor, Tensor]:
-    """For segment a's rows of P (s, d), block (a, a) left out: log P + 1, and sum P log P."""
-    G = log(P)
+def plogp_and_gradient(P: Tensor, a: int, s: int) -> tuple[Tensor, Tensor]:
+    """sum P log P of segment a's rows of P (s, d) without block (a, a), and its gradient log P + 1."""
+    G = safe_log(P)
     G[:, a * s : (a + 1) * s] = 0
     value = (P * G).sum()
     G += 1
     G[:, a * s : (a + 1) * s] = 0
-    return G, value
+    return value, G
 
 
 # ------------------------------------------------------------------------------------------ recipes
 
 # fmt: off
 RECIPES = {
-    "imagenet": dict(  # of the successor's scripts, imsvd.py and job_imsvd.sh
+    "imagenet": dict(  # from IMSVD's imsvd.py and job_imsvd.sh
         arch="resnet50", stem="imagenet", zero_init=True, hidden=[8192], dim=8160,
         size=224, views="byol", epochs=100, batch_size=2048,
         optimizer="lars", lr=0.6, wd=1e-6, warmup=10.0,
         segment=80, temperature=1.0,
     ),
-    "cifar10": dict(
+    "cifar10": dict(  # from IMSVD's imsvd_cifar.py
         arch="resnet18", stem="cifar", zero_init=False, hidden=[1024, 1024], dim=1024,
         size=32, views="cifar", epochs=800, batch_size=512,
         optimizer="sgd", lr=0.1, wd=5e-4, warmup=10.0,
         segment=32, temperature=1.0,
     ),
-    "demo": dict(  # minutes on two cores
+    "demo": dict(  # takes minutes on two cores
         arch="resnet18", stem="imagenet", zero_init=False, hidden=[1024], dim=512,
         size=32, views="cifar", epochs=3, batch_size=128,
         optimizer="adamw", lr=2e-3, wd=1e-4, warmup=0.4,
@@ -141,7 +142,7 @@ RECIPES = {
 
 
 def get_args(argv=None):
-    """Arguments from argv (default: the command line), each left out taken from the recipe."""
+    """Arguments from argv, by default the command line; those not given come from the recipe."""
     parser = common.parser_for(__doc__)
     add = parser.add_argument_group("MUSIC").add_argument
     add("--segment", type=common.number(int, 1), help="s, units of a segment; divides --dim")
@@ -170,7 +171,7 @@ class Online(nn.Module):
         self.projector = common.mlp(self.width, *args.hidden, args.dim)
 
     def forward(self, xs: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Features (n, D) of the first view and projections (v, n, d) of all."""
+        """Features (n, D) of the first of v views, and embeddings (v, n, d) of all."""
         hs = common.per_view(self.backbone, xs, self.micro_batch)
         return hs[0], torch.stack(common.per_view(self.projector, hs))
 
@@ -213,7 +214,7 @@ def main(args):
         loss, terms = loss_of(zs.float(), args)
         optimizer.zero_grad()
         loss.backward()
-        gradient_norm = common.gradient_norm(online)
+        gradient_norm = common.gradient_norm(online)  # now, since LARS changes gradients in place
         optimizer.step()
         probe.step(h.float().detach(), y)
 

@@ -133,7 +133,8 @@ def in_chunks(micro_batch):
         online.backbone.forward = lambda x: torch.cat(
             [whole(part) for part in x.tensor_split(math.ceil(len(x) / 3))]
         )
-    _, zs = common.parallel(online, args, torch.device("cpu"))(xs)
+    model = common.parallel(online, args, torch.device("cpu"))
+    _, zs = model(xs)
     zs.square().mean().backward()
     return [p.grad for p in online.parameters()] + [x for x in online.buffers() if x.is_floating_point()]
 
