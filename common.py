@@ -1005,12 +1005,11 @@ def check_directory(args):
 
 def surroundings():
     """What a run depends on beside its arguments."""
-    describe = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
     return dict(
         command=sys.argv,
-        commit=subprocess.run(describe, capture_output=True, text=True).stdout.strip(),
+        commit=subprocess.getoutput(f"git -C '{Path(__file__).parent}' describe --always --dirty"),
         versions=[sys.version, torch.__version__, torchvision.__version__],
-        hardware=torch.cuda.get_device_name() if torch.cuda.is_available() else os.uname().machine,
+        hardware=subprocess.getoutput("nvidia-smi -L 2>/dev/null || uname -m"),
         ranks=world(),
     )
 
