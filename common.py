@@ -1094,7 +1094,8 @@ def check_finite(step, values):
 
 def save(args, step, state, backbone, loss, terms, name="backbone.pth"):
     """On rank 0, write checkpoint.pt, keeping the one before, and the backbone under torchvision's names."""
-    check_finite(step, {f"the loss (with terms {terms})": loss})
+    numbers = {key: float(term) for key, term in terms.items()}
+    check_finite(step, {f"the loss (with terms {numbers})": loss})
     if rank() > 0:
         return
     out = Path(args.out)
@@ -1103,10 +1104,11 @@ def save(args, step, state, backbone, loss, terms, name="backbone.pth"):
     try:
         if (out / "token").read_text() != TOKEN:
             fail(f"step {step}: another run was started on {out}, and this one ends")
-        checkpoint = out / "checkpoint.pt"
+        checkpoint, new = out / "checkpoint.pt", out / "checkpoint-new.pt"
+        write(new, lambda file: torch.save(dict(saved, step=step, world=world()), file))
         if checkpoint.exists():
             checkpoint.replace(out / "checkpoint-previous.pt")
-        write(checkpoint, lambda file: torch.save(dict(saved, step=step, world=world()), file))
+        new.replace(checkpoint)
         write(out / name, lambda file: torch.save(backbone.state_dict(), file))
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         fail(f"step {step} cannot be saved in {out} ({error}); the checkpoint before is kept")
@@ -1152,9 +1154,10 @@ class Log:
             return
         values = {name: value.item() if torch.is_tensor(value) else value for name, value in values.items()}
         now = time.monotonic()
-        group = "eval"
-        self.bar.set_postfix(values, refresh=False)
-        if "loss" in values:
+        if "loss" not in values:
+            group = "eval"
+            self.bar.set_postfix(values, refresh=False)
+        else:
             group = "train"
             self.bar.set_postfix(loss=values["loss"], refresh=False)
             values["images_per_second"] = self.args.batch_size * (step - self.step) / (now - self.clock)
