@@ -28,7 +28,7 @@ import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import cloudpickle
@@ -57,6 +57,10 @@ def fail(message):
 
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one sentence, also for an empty value such as an unset shell variable."""
+
+    def __init__(self, **options):
+        layout = partial(argparse.RawDescriptionHelpFormatter, max_help_position=32, width=110)
+        super().__init__(formatter_class=layout, allow_abbrev=False, **options)
 
     def error(self, message):
         fail(message)
@@ -97,7 +101,7 @@ def add_run_flags(add):
 
 def parser_for(doc, lr="for 256 images, times batch-size / 256"):
     """The flags of every method; those without a default here take it from the recipe. lr: what --lr is."""
-    parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(description=doc, usage="%(prog)s [flags]")
     add = parser.add_argument_group("data and run").add_argument
     add("--data", help="folder with train/ and val/ (or test/) of class folders; any folder of images; "
         "cifar10, cifar100 or stl10, with :/where/it/lies (default ./data); left out: built-in patterns")
@@ -337,7 +341,10 @@ class Images:
     """
 
     def __init__(self, data, labels, classes, key):
-        self.data, self.labels, self.classes, self.key = data, labels, classes, key
+        self.data = data
+        self.labels = labels
+        self.classes = classes
+        self.key = key
         self.in_memory = torch.is_tensor(data)
         self.unreadable = set()
 
@@ -431,21 +438,18 @@ def open_named(name, root):
 
 
 def to_memory(images, device):
-    """Small images of one size decoded, on the device; others stay files."""
-    pixels, labels = images.data, images.labels
+    """Small images of one size, if all can be read, decoded on the device; others stay files."""
+    pixels = images.data
     if not images.in_memory:
         first = images.read(0)
         if first is None or max(first.shape) > MEMORY_SIDE or len(images) * first.numel() > MEMORY_BYTES:
             return images
         with ThreadPoolExecutor() as pool:
             decoded = list(pool.map(images.read, range(len(images))))
-        readable = torch.tensor([image is not None for image in decoded])
-        images.report((~readable).nonzero().flatten().tolist())
-        whole = [image for image in decoded if image is not None]
-        if len({image.shape for image in whole}) > 1:
+        if any(image is None or image.shape != first.shape for image in decoded):
             return images
-        pixels, labels = torch.stack(whole), labels[readable]
-    return Images(pixels.to(device), labels, images.classes, images.key)
+        pixels = torch.stack(decoded)
+    return Images(pixels.to(device), images.labels, images.classes, images.key)
 
 
 def open_data(args, device):
@@ -465,7 +469,9 @@ def open_data(args, device):
         fail(f"--batch-size {args.batch_size} is more than the {len(train)} training images")
     train = to_memory(train, device)
     bank = to_memory(banks[0], device) if banks else train
-    return train, bank, test and to_memory(test, device)
+    if test is not None:
+        test = to_memory(test, device)
+    return train, bank, test
 
 
 def epoch_order(images, args, start, stop):
@@ -483,7 +489,9 @@ class Crops(torch.utils.data.Dataset):
     """What a worker does: a file is read and decoded once, and a uint8 crop is cut for each view."""
 
     def __init__(self, images, views, seed):
-        self.images, self.views, self.seed = images, views, seed
+        self.images = images
+        self.views = views
+        self.seed = seed
 
     def __getitem__(self, place):
         """Crops and label of image i, or where it cannot be read (False) those of the next one that can."""
@@ -640,7 +648,10 @@ def mlp(*sizes, norm=True):
 
 
 class BatchNorm(nn.modules.batchnorm._BatchNorm):
-    """BN with the statistics of all ranks on CPUs, where torch's SyncBatchNorm refuses to work."""
+    """BN with the statistics of all ranks, which have the same number of rows, on CPUs and GPUs.
+
+    torch's SyncBatchNorm is for GPUs alone, and in each layer waits for them, to leave out empty ranks.
+    """
 
     def _check_input_dim(self, x):
         pass  # of any number of dimensions
@@ -649,10 +660,39 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
         if world() == 1 or not self.training:
             return super().forward(x)
         self.num_batches_tracked.add_(1)
-        everyone = GatherRows.apply(x)
         running = self.running_mean, self.running_var
+        if x.device.type == "cuda":
+            return NormaliseOverRanks.apply(x, self.weight, self.bias, *running, self.momentum, self.eps)
+        everyone = GatherRows.apply(x)
         y = F.batch_norm(everyone, *running, self.weight, self.bias, True, self.momentum, self.eps)
         return y[rank() * len(x) :][: len(x)]  # not chunk(): ReLU may not work in place on its views
+
+
+class NormaliseOverRanks(torch.autograd.Function):
+    """BN of x (n, C, ...) over all ranks by torch's kernels, with a collective forward and one backward."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, running_mean, running_var, momentum, eps):
+        mean, invstd = torch.batch_norm_stats(x, eps)
+        everyone = all_gather(torch.stack([mean, invstd])[None])  # (W, 2, C)
+        counts = torch.full((world(),), x.numel() / x.shape[1], device=x.device)
+        mean, invstd = torch.batch_norm_gather_stats_with_counts(
+            x, everyone[:, 0], everyone[:, 1], running_mean, running_var, momentum, eps, counts
+        )
+        ctx.save_for_backward(x, weight, mean, invstd, counts.int())
+        return torch.batch_norm_elemt(x, weight, bias, mean, invstd, eps)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, mean, invstd, counts = ctx.saved_tensors
+        grad = grad.contiguous(memory_format=torch.channels_last if x.ndim == 4 else torch.contiguous_format)
+        *sums, grad_weight, grad_bias = torch.batch_norm_backward_reduce(
+            grad, x, mean, invstd, weight, True, True, True
+        )
+        sums = torch.stack(sums)
+        dist.all_reduce(sums)
+        grad_x = torch.batch_norm_backward_elemt(grad, x, mean, invstd, weight, *sums, counts)
+        return grad_x, grad_weight, grad_bias, None, None, None, None
 
 
 class GatherRows(torch.autograd.Function):
@@ -700,9 +740,7 @@ def frozen_statistics(net):
 
 
 def prepare(net, device):
-    """To the device, channels last, BN over all ranks."""
-    if world() > 1 and device.type == "cuda":
-        net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    """To the device, channels last."""
     return net.to(device, memory_format=torch.channels_last)
 
 
@@ -1124,8 +1162,11 @@ class Log:
     """On rank 0: the progress bar, log.jsonl and TensorBoard."""
 
     def __init__(self, args, start, total):
-        self.args, self.total, self.waiting = args, total, 0.0
-        self.step, self.clock = start, time.monotonic()
+        self.args = args
+        self.total = total
+        self.step = start
+        self.clock = time.monotonic()
+        self.waiting = 0.0
         self.bar = tqdm(total=total, initial=start, disable=rank() > 0, mininterval=5)
         if rank() == 0:
             from torch.utils import tensorboard  # slow to import
@@ -1162,7 +1203,9 @@ class Log:
             self.bar.set_postfix(loss=values["loss"], refresh=False)
             values["images_per_second"] = self.args.batch_size * (step - self.step) / (now - self.clock)
             values["seconds_waiting"] = self.waiting
-        self.step, self.clock, self.waiting = step, now, 0.0
+        self.step = step
+        self.clock = now
+        self.waiting = 0.0
         with open(Path(self.args.out, "log.jsonl"), "a") as file:
             file.write(json.dumps(dict(step=step, **values)) + "\n")
         for name, value in values.items():
@@ -1188,7 +1231,9 @@ class Signals:
     """SIGUSR2, SIGTERM and Ctrl-C, answered between steps, and the clock of --save-minutes."""
 
     def __init__(self, args):
-        self.args, self.received, self.saved_at = args, 0, time.monotonic()
+        self.args = args
+        self.received = 0
+        self.saved_at = time.monotonic()
         self.before = {number: signal.signal(number, self.receive) for number in SIGNALS}
 
     def receive(self, number, _):
@@ -1257,7 +1302,7 @@ def finish(log, signals):
 
 def launch(main, get_args):
     """What a script ends with: run it here, or a sweep in turn, or leave them to a scheduler."""
-    parser = Parser(usage=argparse.SUPPRESS, add_help=False, allow_abbrev=False)
+    parser = Parser(usage=argparse.SUPPRESS, add_help=False)
     add = parser.add_argument_group("launch").add_argument
     # fmt: off
     add("--submit", choices=["slurm", "local"], help="leave the run to SLURM, or to the background here")
@@ -1318,7 +1363,9 @@ class Job(submitit.helpers.Checkpointable):
     """What each task of a job does: some runs in turn, as one rank. A job that is requeued resumes."""
 
     def __init__(self, script, runs):
-        self.script, self.runs, self.gpus = script, runs, os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        self.script = script
+        self.runs = runs
+        self.gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "")
 
     def __call__(self):
         job = submitit.JobEnvironment()

@@ -36,6 +36,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 from torchvision import datasets
+from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 
 import common
@@ -65,8 +66,7 @@ SIDES = {"patterns": 32, "cifar10": 32, "cifar100": 32, "stl10": 96}  # of data 
 
 def get_args(argv):
     """Arguments from argv, over those of the recipe."""
-    parser = common.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                           allow_abbrev=False)
+    parser = common.Parser(description=__doc__, usage="%(prog)s --backbone FILE [flags]")
     rate = number(float, 0, 1e6)
     count = number(int, 1)
     add = parser.add_argument_group("what").add_argument
@@ -367,8 +367,7 @@ def write_sheet(path, data, neighbours):
             right = label == line[0][1]
             tiles.append(picture.cpu() // (1 if right else 4))
     sheet = torchvision.utils.make_grid(tiles, nrow=len(line), padding=2, pad_value=255)
-    png = torchvision.io.encode_png(sheet).numpy()
-    common.write(path, lambda file: file.write(png.tobytes()))
+    common.write(path, lambda file: to_pil_image(sheet).save(file, "PNG"))
 
 
 class Heads(nn.Module):

@@ -6,7 +6,6 @@
 Seconds are medians over the rounds; a ratio is the median of the rounds' ratios to the first side's time.
 """
 
-import argparse
 import contextlib
 import ctypes
 import gc
@@ -268,7 +267,7 @@ def micro_batches(options):
 
 
 def main():
-    parser = common.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.Parser(description=__doc__)
     parser.add_argument("--only", default="a,b,c,d,e,f", help="sections")
     parser.add_argument("--full", action="store_true", help="the official sizes")
     parser.add_argument("--images", type=Path, metavar="FOLDER", help="of JPEGs (default: made here)")

@@ -1,7 +1,7 @@
 """The path to a GPU, without one: tensors that say cuda:0 and have their values in the memory of the CPU.
 
 Operands must be on one device; what ranks exchange, there and contiguous. Kernels, copies and where the host
-waits are counted. The other ranks do as rank 0 does; NCCL, DDP and SyncBN are not simulated.
+waits are counted. The other ranks hold what rank 0 holds; NCCL and DDP are not simulated.
 """
 
 import os
@@ -13,11 +13,13 @@ from unittest.mock import Mock
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from conftest import ROOT, read_log, train
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import common
+import eval_linear
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 WAITS = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_linalg_check_errors"}
@@ -40,6 +42,7 @@ class Simulated(Tensor):
     __repr__ = lambda self, **_: "simulated"
     __reduce_ex__ = lambda self, protocol: self.values.__reduce_ex__(protocol)
     cpu = lambda self: self.to(CPU)
+    tolist = lambda self: self.cpu().tolist()
 
     def __new__(cls, values):
         layout = dict(strides=values.stride(), storage_offset=values.storage_offset(), dtype=values.dtype)
@@ -61,6 +64,49 @@ def walk(change, x):
     return type(x)(walk(change, value) for value in x) if isinstance(x, (list, tuple)) else change(x)
 
 
+def by_channel(x):
+    """x (n, C, ...) as (C, number), float32."""
+    return x.float().transpose(0, 1).flatten(1)
+
+
+def batch_norm_stats(x, eps):
+    return by_channel(x).mean(1), (by_channel(x).var(1, correction=0) + eps).rsqrt()
+
+
+def batch_norm_gather_stats_with_counts(x, means, invstds, mean, var, momentum, eps, counts):
+    """Of ranks that are all alike."""
+    n = counts.sum()
+    mean.lerp_(means[0], momentum)
+    var.lerp_((invstds[0] ** -2 - eps) * n / (n - 1), momentum)
+    return means[0].clone(), invstds[0].clone()
+
+
+def batch_norm_elemt(x, weight, bias, mean, invstd, eps):
+    return F.batch_norm(x, mean, invstd**-2 - eps, weight, bias, False, 0.0, eps)
+
+
+def batch_norm_backward_reduce(grad, x, mean, invstd, weight, *_):
+    total = by_channel(grad).sum(1)
+    along = (by_channel(grad) * (by_channel(x) - mean[:, None])).sum(1)
+    return total, along, along * invstd, total.clone()
+
+
+def batch_norm_backward_elemt(grad, x, mean, invstd, weight, total, along, counts):
+    n = counts.sum()
+    slope = (along / n * invstd**2)[:, None] * (by_channel(x) - mean[:, None])
+    part = (by_channel(grad) - total[:, None] / n - slope) * (invstd * weight)[:, None]
+    return part.view(x.shape[1], len(x), *x.shape[2:]).transpose(0, 1).to(x.dtype)
+
+
+FOR_GPUS_ONLY = {  # what CPUs have no kernel for
+    "batch_norm_stats": batch_norm_stats,
+    "batch_norm_gather_stats_with_counts": batch_norm_gather_stats_with_counts,
+    "batch_norm_elemt": batch_norm_elemt,
+    "batch_norm_backward_reduce": batch_norm_backward_reduce,
+    "batch_norm_backward_elemt": batch_norm_backward_elemt,
+}
+
+
 class Mode(TorchDispatchMode):
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         """Do an operation on the values, and check and count what a GPU would do."""
@@ -77,10 +123,10 @@ class Mode(TorchDispatchMode):
             return CPU if on_cuda[-1] else x
 
         plain_args, options = walk(plain, (args, kwargs or {}))
-        result = op(*plain_args, **options)
+        name, to_cpu = op._schema.name.removeprefix("aten::"), not isinstance((*args, None)[0], Simulated)
+        result = FOR_GPUS_ONLY.get(name, op)(*plain_args, **options)
         if not there and not any(on_cuda):
             return result
-        name, to_cpu = op._schema.name.removeprefix("aten::"), not isinstance((*args, None)[0], Simulated)
         indexing = not to_cpu and name in ("index", "index_put_", "_index_put_impl_")
         if name == "_to_copy" and not there or name == "copy_" and (here or to_cpu):
             counts["copies"] += 1
@@ -111,12 +157,12 @@ def world(request, monkeypatch):
 
     fake(torch.cuda, is_available=True, device_count=8, is_bf16_supported=True, get_device_name="simulated")
     fake(torch.cuda, set_device=None, manual_seed_all=None, _lazy_init=None)
+    fake(Tensor, pin_memory=lambda self, *_: self)
     if request.param > 1:
         fake(dist, is_initialized=True, get_rank=0, get_world_size=request.param, broadcast_object_list=None)
         fake(dist, init_process_group=None, destroy_process_group=None, all_gather_single=exchange)
         fake(dist, all_reduce=lambda x, op=None, group=None: None if group else exchange(x, x))
         fake(nn.parallel, DistributedDataParallel=lambda net, **_: net)
-        fake(nn.SyncBatchNorm, forward=nn.BatchNorm2d.forward)
     draw_patterns = common.draw_patterns
     fake(common, cpu_group="gloo", draw_patterns=lambda n, split: draw_patterns(n // 78, split))
     fake(torch.optim.Optimizer, _accelerator_graph_capture_health_check=None)
@@ -160,15 +206,16 @@ RUNS = [
     (8, "music", "--segment 4 --dim 128"),
     (1, "mmd_sphere", "--kernel rbf --log"),
     (8, "mmd_sphere", f"{CROPS} 2"),
+    (1, "music", "--segment 4 --batch-size 16 --data {big_folder}"),
 ]
 
 
 @pytest.mark.parametrize("world, name, flags", RUNS, indirect=["world"])
 def test_a_step_does_not_wait_for_the_device_nor_does_a_resumed_one(
-    world, name, flags, tmp_path, monkeypatch
+    world, name, flags, tmp_path, monkeypatch, big_folder
 ):
     """Of two epochs of two steps the third neither logs nor saves."""
-    run = [monkeypatch, name, *flags.split(), "--out", tmp_path]
+    run = [monkeypatch, name, *flags.format(big_folder=big_folder).split(), "--out", tmp_path]
     views = 4 if CROPS in flags else 2
     for making, all_of_it in (costs_of(3, *run)[2], costs_of(1, *run)[0]):
         assert all_of_it.keys() == {"kernels", "copies"}  # else it names where the host waits
@@ -191,3 +238,34 @@ def test_mistakes_are_noticed(world):
     waiting = [x.sum().item(), x[x > 2], x[torch.arange(1)], torch.tensor([1.0], device=CUDA)]
     torch.ones(3).to(CUDA, non_blocking=True)
     assert counts["a test"] == len(waiting) and counts["copies"] == 2
+
+
+@pytest.mark.parametrize("world", [8], indirect=True)
+def test_batch_norm_of_ranks_that_are_alike_is_that_of_one(world):
+    torch.manual_seed(0)
+    x, weight = torch.randn(6, 4, 3, 3), torch.randn(4)
+    alone, norm = nn.BatchNorm2d(4), common.BatchNorm(4)
+    results = []
+    for layer, device in ((alone, CPU), (norm, CUDA)):
+        layer.weight.data = weight.clone()
+        layer.to(device)
+        rows = x.detach().to(device).requires_grad_()
+        y = layer(rows)
+        (y**3).sum().backward()
+        tensors = [y, rows.grad, layer.weight.grad, layer.bias.grad, layer.running_mean]
+        results.append([tensor.cpu() for tensor in tensors])
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-4)
+
+
+MODES = "knn,cached,crops,lbfgs,finetune"
+
+
+@pytest.mark.parametrize("world", [1, 8], indirect=True)
+def test_every_evaluation_runs(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch, "logspace", lambda *_: torch.tensor([1.0, 0.1]))  # penalties of lbfgs
+    flags = (
+        f"--backbone random --arch resnet18 --size 16 --mode {MODES} --epochs 1 --batch-size 32 --device cuda"
+    )
+    args = eval_linear.get_args([*flags.split(), "--workers", "0", "--out", str(tmp_path)])
+    eval_linear.main(args)
+    assert capsys.readouterr().out.count("resnet18 of random") == 7
