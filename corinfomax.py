@@ -42,7 +42,10 @@ class CorInfoMax(nn.Module):
 
     def __init__(self, d, forget_R=0.01, forget_mu=0.01, eps=1e-8, r0=1.0, objective="corinfomax"):
         super().__init__()
-        self.forget_R, self.forget_mu, self.eps, self.objective = forget_R, forget_mu, eps, objective
+        self.forget_R = forget_R
+        self.forget_mu = forget_mu
+        self.eps = eps
+        self.objective = objective
         self.register_buffer("mu", torch.zeros(2, d, dtype=torch.float64))
         self.register_buffer("R", r0 * torch.eye(d, dtype=torch.float64).repeat(2, 1, 1))
         self.register_buffer("R12", torch.zeros(d, d, dtype=torch.float64))
@@ -66,7 +69,9 @@ class CorInfoMax(nn.Module):
             big_bang = -(self.logdet(R[0]) + self.logdet(R[1])) / d
             loss, terms = alpha * invariance + big_bang, dict(invariance=invariance, big_bang=big_bang)
         if self.training:
-            self.mu, self.R, self.R12 = mu.detach(), R.detach(), R12.detach()
+            self.mu = mu.detach()
+            self.R = R.detach()
+            self.R12 = R12.detach()
         return loss, {name: term.detach() for name, term in terms.items()}
 
     def moment(self, x: Tensor, y: Tensor, mean: Tensor, mu: Tensor, N: int) -> Tensor:

@@ -160,7 +160,9 @@ class KernelScale(nn.Module):
 
     def __init__(self, kernel: str, how: str, pairs: int = 1024):
         super().__init__()
-        self.kernel, self.how, self.pairs = kernel, how, pairs
+        self.kernel = kernel
+        self.how = how
+        self.pairs = pairs
         self.c = nn.Parameter(torch.ones(()))
         self.optimizer = torch.optim.Adam([self.c], 3e-4)
 

@@ -41,7 +41,8 @@ def music_loss(z1, z2, segment_size, weights=(1, 1, 1), temperature=1) -> tuple[
     n, d = z1.shape
     if d % segment_size:
         raise ValueError(f"the dimension {d} is not a multiple of the segment size {segment_size}")
-    N, S = n * common.world(), d // segment_size
+    N = n * common.world()
+    S = d // segment_size
     p1 = torch.softmax(z1.view(n, S, segment_size) / temperature, 2)  # (n, S, s)
     p2 = torch.softmax(z2.view(n, S, segment_size) / temperature, 2)
 
@@ -70,7 +71,9 @@ def between_segments(p: Tensor, s: int) -> tuple[Tensor, Tensor]:
     is W times this rank's part of it, W the number of ranks, since DDP divides by W.
     """
     _, n, d = p.shape
-    S, W, r = d // s, common.world(), common.rank()
+    S = d // s
+    W = common.world()
+    r = common.rank()
     my_segments = torch.arange(S).tensor_split(W)[r].tolist()
     value = p.new_zeros(())
     if W > 1 and 2 * d**2 < 4 * n * W * d:  # fewer numbers to exchange: P and G, d^2 each
@@ -182,7 +185,8 @@ def loss_of(zs, args):
     for local in range(2, len(zs)):
         pairs += [(0, local), (1, local)]
     losses = [music_loss(zs[a], zs[b], args.segment, args.weights, args.temperature) for a, b in pairs]
-    return torch.stack([loss for loss, _ in losses]).mean(), losses[0][1]
+    loss = torch.stack([loss for loss, _ in losses]).mean()
+    return loss, losses[0][1]
 
 
 def main(args):
