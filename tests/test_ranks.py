@@ -124,7 +124,7 @@ def test_batch_norm_of_ranks_is_batch_norm_of_all_rows(on_ranks):
 def in_chunks(micro_batch):
     """Gradients and running statistics of 3 rows at a time, which are kept or computed again; with DDP."""
     torch.manual_seed(common.rank())
-    xs = [torch.randn(8, 3, side, side) for side in (16, 16, 12, 12)]
+    xs = [torch.randn(4, 3, side, side) for side in (16, 16, 12)]
     torch.manual_seed(0)
     args = music.get_args([*TINY, "--segment", "4", "--micro-batch", str(micro_batch)])
     online = music.Online(args)
@@ -136,7 +136,8 @@ def in_chunks(micro_batch):
     model = common.parallel(online, args, torch.device("cpu"))
     _, zs = model(xs)
     zs.square().mean().backward()
-    return [p.grad for p in online.parameters()] + [x for x in online.buffers() if x.is_floating_point()]
+    gradients = [p.grad.clone() for p in online.parameters()]  # not views of DDP's buckets, to be sent
+    return gradients + [x for x in online.buffers() if x.is_floating_point()]
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -173,7 +174,7 @@ def run(name, steps, *flags):
 RUNS = [
     (
         "hsic",
-        "--target --tau 0.5 --scale adam --features 32 --draws 3 --local-crops 1 --optimizer lars --lr 4",
+        "--target --tau 0.5 --scale adam --features 32 --draws 3 --local-crops 1 --optimizer lars --lr 1",
     ),
     ("mmd_sphere", "--optimizer lars --lr 0.003"),
 ]
@@ -189,8 +190,7 @@ def test_steps_and_a_resume_on_other_ranks_are_those_of_one_process(name, flags,
     assert torch.equal(torch.cat([torch.cat([views_0, views_1], 1), views_2]), views)
     assert torch.equal(parameters, others)
     for before, after, other in ((start, middle, parameters[1]), (middle, end, end_on_one)):
-        assert (after - before).norm() > 1e-3 * after.norm()
-        assert (other - after).norm() < 1e-4 * after.norm()
+        assert (other - after).norm() < min(1e-4 * after.norm(), 0.02 * (after - before).norm())
 
 
 def features(folder):
