@@ -443,7 +443,13 @@ def train(args, net, data, device):
     signals.restore()
     names = [f"lr {lr:g}, wd {wd:g}" for lr, wd in points]
     weights = dict(zip(names, average.weight.detach().unbind(1), strict=True))
-    best, grid = names[0], {}
+    return score(args, net, backbone, weights, data)
+
+
+def score(args, net, backbone, weights, data):
+    """Accuracies on the test images of the head that is best on those held out, and the grid of all."""
+    best, *_ = weights
+    grid = {}
     if len(data.held):
         h, y = kept_features(args, net, data.train)
         best, grid = choose(weights, with_one(h[data.held]), y[data.held])

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torchvision
 from torch.utils._pytree import tree_map_only
+from torchvision.transforms.functional import to_pil_image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import music
@@ -76,7 +76,7 @@ def make_folder(root, count, size=(20, 24), splits=("train", "val"), classes=("a
             ramp = torch.linspace(0, 0.5, size[1]) * min(1, (c + 1) / 2)
             for i in range(count):
                 image = torch.rand(3, *size, generator=generator) * 0.5 + ramp
-                torchvision.io.write_jpeg((image * 255).byte(), str(folder / f"{i:03}.jpg"))
+                to_pil_image(image).save(folder / f"{i:03}.jpg")
     return root
 
 
