@@ -687,7 +687,7 @@ class NormaliseOverRanks(torch.autograd.Function):
         x, weight, mean, invstd, counts = ctx.saved_tensors
         grad = grad.contiguous(memory_format=torch.channels_last if x.ndim == 4 else torch.contiguous_format)
         *sums, grad_weight, grad_bias = torch.batch_norm_backward_reduce(
-            grad, x, mean, invstd, weight, True, True, True
+            grad, x, mean, invstd, weight, True, *ctx.needs_input_grad[1:3]
         )
         sums = torch.stack(sums)
         dist.all_reduce(sums)

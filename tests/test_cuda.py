@@ -85,16 +85,17 @@ def batch_norm_elemt(x, weight, bias, mean, invstd, eps):
     return F.batch_norm(x, mean, invstd**-2 - eps, weight, bias, False, 0.0, eps)
 
 
-def batch_norm_backward_reduce(grad, x, mean, invstd, weight, *_):
+def batch_norm_backward_reduce(grad, x, mean, invstd, weight, of_x, of_weight, of_bias):
     total = by_channel(grad).sum(1)
     along = (by_channel(grad) * (by_channel(x) - mean[:, None])).sum(1)
-    return total, along, along * invstd, total.clone()
+    return total, along, along * invstd if of_weight else None, total.clone() if of_bias else None
 
 
 def batch_norm_backward_elemt(grad, x, mean, invstd, weight, total, along, counts):
     n = counts.sum()
     slope = (along / n * invstd**2)[:, None] * (by_channel(x) - mean[:, None])
-    part = (by_channel(grad) - total[:, None] / n - slope) * (invstd * weight)[:, None]
+    gain = invstd if weight is None else invstd * weight
+    part = (by_channel(grad) - total[:, None] / n - slope) * gain[:, None]
     return part.view(x.shape[1], len(x), *x.shape[2:]).transpose(0, 1).to(x.dtype)
 
 
@@ -240,19 +241,21 @@ def test_mistakes_are_noticed(world):
     assert counts["a test"] == len(waiting) and counts["copies"] == 2
 
 
+@pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("world", [8], indirect=True)
-def test_batch_norm_of_ranks_that_are_alike_is_that_of_one(world):
+def test_batch_norm_of_ranks_that_are_alike_is_that_of_one(world, affine):
     torch.manual_seed(0)
-    x, weight = torch.randn(6, 4, 3, 3), torch.randn(4)
-    alone, norm = nn.BatchNorm2d(4), common.BatchNorm(4)
+    x = torch.randn(6, 4, 3, 3)
+    alone, norm = nn.BatchNorm2d(4, affine=affine), common.BatchNorm(4, affine=affine)
     results = []
     for layer, device in ((alone, CPU), (norm, CUDA)):
-        layer.weight.data = weight.clone()
+        for p in layer.parameters():
+            p.data = torch.tensor([0.5, -1.0, 2.0, 3.0])
         layer.to(device)
         rows = x.detach().to(device).requires_grad_()
         y = layer(rows)
         (y**3).sum().backward()
-        tensors = [y, rows.grad, layer.weight.grad, layer.bias.grad, layer.running_mean]
+        tensors = [y, rows.grad, layer.running_mean, *(p.grad for p in layer.parameters())]
         results.append([tensor.cpu() for tensor in tensors])
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-4)
 

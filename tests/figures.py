@@ -1,0 +1,124 @@
+"""Draw the README's figures, with matplotlib: python tests/figures.py RUNS
+
+RUNS holds cifar10/METHOD, a run of each method and of the README's fork (sigreg), patterns/METHOD, its demo,
+and patterns/METHOD-alone, the same without what spreads embeddings. The commands are in RESULTS.md.
+"""
+
+import json
+import sys
+from argparse import Namespace
+from importlib import import_module
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+import torch.nn.functional as F
+import torchvision
+from torchvision.transforms.functional import to_pil_image
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import common
+
+FIGURES = Path(common.__file__).parent / ".github" / "figures"
+
+COLOURS = {
+    "hsic": ("SSL-HSIC", "#3b82f6"),
+    "corinfomax": ("CorInfoMax", "#f97316"),
+    "music": ("MUSIC", "#10b981"),
+    "mmd_sphere": ("SFRIK", "#d946ef"),
+    "sigreg": ("SIGReg, the fork below", "#ef4444"),
+}
+GRAY = "#808080"  # is read on white and on black
+TEXTS = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
+plt.rcParams.update({name: GRAY for name in TEXTS})
+plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "font.size": 11})
+CPU = torch.device("cpu")
+
+
+def draw_accuracies(runs, path):
+    """kNN accuracy over epochs, and as a line the level at initialisation."""
+    figure, axes = plt.subplots(figsize=(7.2, 3.8))
+    offset = dict(textcoords="offset points")
+    for name, (label, colour) in COLOURS.items():
+        log = [json.loads(line) for line in (runs / name / "log.jsonl").read_text().splitlines()]
+        epochs = json.loads((runs / name / "args.json").read_text())["epochs"]
+        points = [(record["step"], 100 * record["knn"]) for record in log if "knn" in record]
+        steps, accuracies = zip(*points, strict=True)
+        axes.plot([epochs * step / steps[-1] for step in steps], accuracies, color=colour, label=label)
+        end = epochs, accuracies[-1]
+        axes.annotate(f"{end[1]:.1f}", end, xytext=(4, -4), color=colour, **offset)
+        if name == "hsic":
+            axes.axhline(accuracies[0], color=GRAY, linewidth=1, linestyle=":")
+            axes.annotate("initialisation", (epochs, accuracies[0]), xytext=(-78, 4), **offset)
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("kNN accuracy, %")
+    axes.legend(frameon=False, loc="lower right", ncols=2)
+    figure.savefig(path, transparent=True, bbox_inches="tight")
+
+
+def load_run(run):
+    """The method of a run, its arguments and its network, as it was saved last."""
+    args = Namespace(**json.loads((run / "args.json").read_text()))
+    online = import_module(Path(args.script).stem).Online(args)
+    online.load_state_dict(common.load_checked(run / "checkpoint.pt")["online"])
+    return args, online.eval()
+
+
+@torch.no_grad()
+def spectrum_of(run):
+    """Standard deviations of the normalised embeddings of 1,000 test images along their principal axes.
+
+    Of MUSIC's codes, the softmax of each segment, since its loss sees those only.
+    """
+    args, online = load_run(run)
+    images = common.draw_patterns(1000, 1)
+    view = common.View(size=args.size, resize=args.size * 8 // 7)
+    order = [(0, 0, torch.arange(1000))]
+    _, (x,), _ = next(common.view_batches(images, order, [view], args, CPU))
+    z = online([x])[1][0]
+    if "segment" in args:
+        z = (z / args.temperature).unflatten(1, (-1, args.segment)).softmax(2).flatten(1)
+    z = F.normalize(z, dim=1)
+    return torch.linalg.svdvals(z - z.mean(0)) / 1000**0.5
+
+
+def draw_spectra(runs, path):
+    """A panel a method: with what spreads its embeddings, and, dashed, without."""
+    figure, panels = plt.subplots(1, 4, figsize=(10, 2.6), sharey=True)
+    for axes, (name, (label, colour)) in zip(panels, COLOURS.items(), strict=False):
+        axes.semilogy(spectrum_of(runs / name), color=colour, label="whole loss")
+        axes.semilogy(spectrum_of(runs / f"{name}-alone"), "--", color=colour, label="without its spread")
+        axes.set_title(label, color=colour)
+        axes.set_ylim(1e-6, 1)
+        axes.set_xlabel("principal axis")
+    panels[0].set_ylabel("standard deviation")
+    panels[0].legend(frameon=False, fontsize=9)
+    figure.savefig(path, transparent=True, bbox_inches="tight")
+
+
+def draw_views(run, path):
+    """A column for each kind of built-in image: one, its two views, and its three nearest training images."""
+    args, online = load_run(run)
+    train, test = common.draw_patterns(5000, 0), common.draw_patterns(1000, 1)
+    h, _ = common.features(online.backbone, test, torch.arange(1000), args)
+    bank, _ = common.features(online.backbone, train, torch.arange(5000), args)
+    _, neighbours = common.nearest(h, bank, 3)
+    rows = torch.stack([(test.labels == kind).nonzero()[1, 0] for kind in range(10)])
+    _, views, _ = next(common.view_batches(test, [(0, 0, rows)], common.views_of(args), args, CPU))
+    lines = [test.data[rows] / 255]
+    lines += [view * 0.226 + 0.449 for view in views]
+    for k in range(3):
+        found = neighbours[rows, k]
+        wrong = train.labels[found] != test.labels[rows]
+        lines.append(train.data[found] / 255 / (1 + 3 * wrong.view(-1, 1, 1, 1)))
+    sheet = torchvision.utils.make_grid(torch.cat(lines).clamp(0, 1), nrow=10, padding=1, pad_value=0.5)
+    picture = to_pil_image(sheet.repeat_interleave(2, 1).repeat_interleave(2, 2))
+    picture.quantize(256).save(path)
+
+
+if __name__ == "__main__":
+    runs = Path(sys.argv[1])
+    FIGURES.mkdir(parents=True, exist_ok=True)
+    draw_accuracies(runs / "cifar10", FIGURES / "accuracies.svg")
+    draw_spectra(runs / "patterns", FIGURES / "spectra.svg")
+    draw_views(runs / "patterns" / "hsic", FIGURES / "views.png")
