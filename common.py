@@ -1045,7 +1045,9 @@ def surroundings():
     """What a run depends on beside its arguments."""
     return dict(
         command=sys.argv,
-        commit=subprocess.getoutput(f"git -C '{Path(__file__).parent}' describe --always --dirty"),
+        commit=subprocess.getoutput(
+            f"git -C '{Path(__file__).parent}' describe --always --dirty 2>/dev/null"
+        ),
         versions=[sys.version, torch.__version__, torchvision.__version__],
         hardware=subprocess.getoutput("nvidia-smi -L 2>/dev/null || uname -m"),
         ranks=world(),

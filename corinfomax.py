@@ -122,7 +122,7 @@ RECIPES = {  # the official commands; --lr is absolute
         size=32, epochs=1000, batch_size=512, lr=0.5,
         alpha=1000.0, forget=0.01,
     ),
-    "demo": dict(  # takes minutes on two cores
+    "demo": dict(  # takes a minute or two on two cores
         arch="resnet18", stem="imagenet", zero_init=False, hidden=[1024], dim=64, norm=True,
         size=32, views="cifar", epochs=3, batch_size=128,
         optimizer="adamw", lr=2e-3, wd=1e-4, warmup=0.4, first_lr=0.0, last_lr=0.0,

@@ -134,7 +134,7 @@ RECIPES = {
         optimizer="adamw", lr=5e-4, wd=1e-4, warmup=10.0,
         alpha=2500.0, b=[1.0, 40.0, 40.0],
     ),
-    "demo": dict(  # takes minutes on two cores
+    "demo": dict(  # takes a minute or two on two cores
         arch="resnet18", stem="imagenet", zero_init=False, hidden=[1024], dim=512,
         size=32, views="cifar", epochs=3, batch_size=128,
         optimizer="adamw", lr=2e-3, wd=1e-4, warmup=0.4,

@@ -26,7 +26,7 @@ COLOURS = {
     "corinfomax": ("CorInfoMax", "#f97316"),
     "music": ("MUSIC", "#10b981"),
     "mmd_sphere": ("SFRIK", "#d946ef"),
-    "sigreg": ("SIGReg, the fork below", "#ef4444"),
+    "sigreg": ("SIGReg, a fork", "#ef4444"),
 }
 GRAY = "#808080"  # is read on white and on black
 TEXTS = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
@@ -38,18 +38,16 @@ CPU = torch.device("cpu")
 def draw_accuracies(runs, path):
     """kNN accuracy over epochs, and as a line the level at initialisation."""
     figure, axes = plt.subplots(figsize=(7.2, 3.8))
-    offset = dict(textcoords="offset points")
     for name, (label, colour) in COLOURS.items():
         log = [json.loads(line) for line in (runs / name / "log.jsonl").read_text().splitlines()]
         epochs = json.loads((runs / name / "args.json").read_text())["epochs"]
         points = [(record["step"], 100 * record["knn"]) for record in log if "knn" in record]
         steps, accuracies = zip(*points, strict=True)
+        label = f"{label}: {accuracies[-1]:.1f}"
         axes.plot([epochs * step / steps[-1] for step in steps], accuracies, color=colour, label=label)
-        end = epochs, accuracies[-1]
-        axes.annotate(f"{end[1]:.1f}", end, xytext=(4, -4), color=colour, **offset)
         if name == "hsic":
             axes.axhline(accuracies[0], color=GRAY, linewidth=1, linestyle=":")
-            axes.annotate("initialisation", (epochs, accuracies[0]), xytext=(-78, 4), **offset)
+            axes.annotate("initialisation", (epochs - 2, accuracies[0] + 0.5))
     axes.set_xlabel("epoch")
     axes.set_ylabel("kNN accuracy, %")
     axes.legend(frameon=False, loc="lower right", ncols=2)
