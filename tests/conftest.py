@@ -84,7 +84,8 @@ def serve(rank, world, pipe):
     """A rank, which calls the functions it is sent, each in a new process group, and sends their results."""
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
     torch.set_num_threads(1)
-    for store, function, args in iter(pipe.recv, None):
+    while True:
+        store, function, args = pipe.recv()
         leave_group()
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
         try:
@@ -98,15 +99,16 @@ def serve(rank, world, pipe):
 @pytest.fixture(scope="session")
 def on_ranks(tmp_path_factory):
     """on_ranks(function, world, *args): the results of function(*args) on real processes, in rank order."""
-    spawn = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")  # which imports torch once
+    context.set_forkserver_preload(["torch", "torchvision", "torch.utils.tensorboard", "submitit"])
     ranks = {}
 
     def call(function, world, *args):
         if world not in ranks:
             ranks[world] = []
             for rank in range(world):
-                here, there = spawn.Pipe()
-                process = spawn.Process(target=serve, args=(rank, world, there), daemon=True)
+                here, there = context.Pipe()
+                process = context.Process(target=serve, args=(rank, world, there), daemon=True)
                 process.start()
                 ranks[world].append((process, here))
         store = tmp_path_factory.mktemp("ranks") / "store"
@@ -118,9 +120,8 @@ def on_ranks(tmp_path_factory):
         return [pickle.loads(answer) for _, answer in answers]
 
     yield call
-    for process, pipe in sum(ranks.values(), []):
-        pipe.send(None)
-        process.join(10)
+    for process, _ in sum(ranks.values(), []):
+        process.kill()
 
 
 @pytest.fixture(scope="session")

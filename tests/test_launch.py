@@ -11,6 +11,9 @@ import time
 import pytest
 from conftest import ROOT, TINY, read_log, same, script, state_of, train
 
+import common
+import music
+
 RUN = [*TINY, "--segment", "4", "--epochs", "1"]
 
 
@@ -80,20 +83,23 @@ def test_a_sweep_of_a_fork_runs_every_point_with_the_code_as_it_was(submit, tmp_
         wait_for(lambda: open(jobs[0][2]).read().count("sees 5,3") == 2, "the GPUs of the caller")
 
 
-def test_help_shows_the_flags_of_script_and_launch():
-    text = script("music.py", "--help").stdout
+def test_help_shows_the_flags_of_script_and_launch(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["music.py", "--help"])
+    with pytest.raises(SystemExit):
+        common.launch(music.main, music.get_args)
+    text = capsys.readouterr().out
     assert "--segment" in text and "--submit {slurm,local}" in text and text.count("usage:") == 1
 
 
 def test_local_ranks_that_are_warned_save_come_back_and_end_as_if_undisturbed(tmp_path, folder, on_ranks):
-    flags = [*RUN, "--data", folder, "--epochs", "3", "--out"]
+    flags = [*RUN, "--data", folder, "--epochs", "2", "--out"]
     local = ["--submit", "local", "--tasks", "2"]
     [(number, out, log)] = submitted("music.py", *flags, tmp_path / "out", *local)
-    wait_for(lambda: steps_of(out) >= 3, "three steps")
+    wait_for(lambda: steps_of(out) >= 2, "two steps")
     children = subprocess.run(["pgrep", "-P", number], capture_output=True, text=True).stdout.split()
     for child in children:
         os.kill(int(child), signal.SIGUSR2)
-    wait_for(lambda: finished(out, 9), "the end")
+    wait_for(lambda: finished(out, 6), "the end")
     assert open(log).read().count("Starting with JobEnvironment") == 2
     assert on_ranks(train, 2, *flags, tmp_path / "whole") == [0, 0]
     assert same(state_of(out), state_of(tmp_path / "whole"))
