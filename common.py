@@ -659,6 +659,10 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
     def forward(self, x):
         if world() == 1 or not self.training:
             return super().forward(x)
+        return self.forward_over_ranks(x)
+
+    @torch.compiler.disable  # as torch's own: --compile breaks the graph here
+    def forward_over_ranks(self, x):
         self.num_batches_tracked.add_(1)
         running = self.running_mean, self.running_var
         if x.device.type == "cuda":
@@ -822,7 +826,8 @@ def all_gather(x):
 
 def with_gradient(value, z, grad):
     """The value, whose gradient with respect to z is `grad`, which was computed along with it."""
-    return value + (grad * (z - z.detach())).sum()
+    product = z.flatten() @ grad.flatten()
+    return value + (product - product.detach())
 
 
 def start(args, script):

@@ -92,21 +92,21 @@ def mmd_sphere_loss(
     for g in range(2):
         value, gradient = mmd2(z[g], b, kernel, log, tau)
         mmd = mmd + value / 2
-        grad[g] = gradient / 2
+        grad[g].add_(gradient, alpha=0.5)
 
     near = z.new_zeros(())
     mean = 1 / (2 * (v - 1) * n * d)
-    pairs = [(0, 1), (1, 0)]
+    pairs = [(0, 1, 2)]  # which counts as (1, 0), too
     for other in range(2, v):
-        pairs += [(0, other), (1, other)]
-    for g, other in pairs:
+        pairs += [(0, other, 1), (1, other, 1)]
+    for g, other, times in pairs:
         difference = z[g] - z[other]
-        near += mean * difference.square().sum()
-        grad[g].add_(difference, alpha=2 * alpha * mean)
-        grad[other].sub_(difference, alpha=2 * alpha * mean)
+        near += times * mean * difference.norm().square()
+        grad[g].add_(difference, alpha=2 * times * alpha * mean)
+        grad[other].sub_(difference, alpha=2 * times * alpha * mean)
     invariance = common.all_reduce(near) / common.world()
 
-    along = (grad * z).sum(2, keepdim=True)
+    along = torch.einsum("vnd,vnd->vn", grad, z)[:, :, None]
     grad.addcmul_(z, along, value=-1).div_(norm)  # through the normalisation
     loss = common.with_gradient(alpha * invariance + mmd, zs, grad)
     return loss, dict(invariance=invariance, mmd=mmd)

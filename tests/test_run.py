@@ -221,23 +221,13 @@ def test_a_run_that_collapses_says_so(tmp_path, folder, capsys, monkeypatch):
 
 
 def test_sigterm_to_torchrun_saves_on_all_ranks_and_leaves_no_process(tmp_path, big_folder):
-    flags = [
-        *TINY,
-        *FLAGS,
-        "--data",
-        big_folder,
-        "--workers",
-        "1",
-        "--epochs",
-        "90",
-        "--out",
-        tmp_path / "out",
-    ]
+    flags = [*TINY, *FLAGS, "--data", big_folder, "--workers", "1", "--epochs", "90"]
+    flags += ["--out", tmp_path / "out"]
     ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", ROOT / "music.py"]
     command = list(map(str, [sys.executable, *ranks, *flags]))
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     while not (tmp_path / "out" / "checkpoint.pt").exists():
-        assert process.poll() is None
+        assert process.poll() is None, process.stderr.read()
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
     assert "SIGTERM: saved" in process.communicate(timeout=60)[1] and state_of(tmp_path / "out")["world"] == 2
