@@ -1037,13 +1037,13 @@ def check_directory(args):
             return
         before = json.loads((out / "args.json").read_text())
     except (OSError, ValueError) as error:
-        fail(f"--out {out} is neither empty nor a run directory ({error}): choose another")
+        fail(f"--out {out} is neither empty nor a run directory ({error}): choose another --out")
     changes = []
     for name, value in json.loads(json.dumps(vars(args))).items():
         if name not in MAY_CHANGE and value != before.get(name):
             changes.append(f"{name} {before.get(name)} -> {value}")
     if changes:
-        fail(f"--out {out} holds another run ({', '.join(changes)}): choose another")
+        fail(f"--out {out} holds another run ({', '.join(changes)}): choose another --out")
 
 
 def surroundings():
@@ -1102,6 +1102,8 @@ def resume(args, state):
         saved = load_checked(path)
         step = saved["step"]
         for name, part in state.items():
+            if name not in saved:
+                fail(f"{path} holds no '{name}', it is of other code: choose another --out")
             part.load_state_dict(saved[name])
     if rank() > 0:
         return step
@@ -1114,7 +1116,7 @@ def resume(args, state):
             with contextlib.suppress(shutil.SameFileError):  # a run's own copy
                 shutil.copy(source, out)
         if path:
-            print(f"{out}: resuming at step {step} of {saved['world']} ranks", file=sys.stderr)
+            print(f"{out}: resuming at step {step}, saved by {saved['world']} rank(s)", file=sys.stderr)
         log = out / "log.jsonl"
         if log.exists():
             kept = bytearray()
@@ -1325,8 +1327,9 @@ def launch(main, get_args):
     # fmt: on
     job, argv = parser.parse_known_args()
     if {"--help", "-h"} & set(argv):
-        print(parser.format_help())
-        get_args(["--help"])
+        with contextlib.suppress(SystemExit):
+            get_args(["--help"])
+        return print(parser.format_help())
     if job.submit or job.sweep:
         runs = sweep_points(job.sweep, argv, get_args)
         if job.submit:

@@ -166,7 +166,7 @@ def get_args(argv=None):
 
 
 class Online(nn.Module):
-    """Backbone and projector."""
+    """The network that is trained: backbone and projector."""
 
     def __init__(self, args):
         super().__init__()
@@ -189,11 +189,13 @@ def main(args):
     first, last = args.first_lr / max(args.lr, 1e-12), args.last_lr / max(args.lr, 1e-12)
 
     online = common.prepare(Online(args), device)
-    model = common.parallel(online, args, device)
+    model = common.parallel(online, args, device)  # the same, under DDP
     criterion = CorInfoMax(args.dim, args.forget, args.forget, args.eps, objective=args.objective).to(device)
     optimizer = common.make_optimizer(online, args)
     probe = common.Probe(online.width, train, device)
-    state = dict(data=train, online=online, criterion=criterion, optimizer=optimizer, probe=probe)
+    state = dict(
+        data=train, online=online, criterion=criterion, optimizer=optimizer, probe=probe
+    )  # what is saved
     start = common.resume(args, state)
     log = common.Log(args, start, total)
     signals = common.Signals(args)

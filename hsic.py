@@ -255,7 +255,7 @@ def get_args(argv=None):
 
 
 class Online(nn.Module):
-    """Backbone, projector and, with a target network, predictor."""
+    """The network that is trained: backbone, projector and, with a target network, predictor."""
 
     def __init__(self, args):
         super().__init__()
@@ -282,10 +282,10 @@ def main(args):
     target = copy.deepcopy(nn.Sequential(online.backbone, online.projector)).requires_grad_(False)
     average = copy.deepcopy(online.backbone).requires_grad_(False)
     scale = KernelScale(args.kernel, args.scale).to(device)
-    model = common.parallel(online, args, device)
+    model = common.parallel(online, args, device)  # the same, under DDP
     optimizer = common.make_optimizer(online, args)
     probe = common.Probe(online.width, train, device)
-    state = dict(data=train, online=online, optimizer=optimizer, probe=probe)
+    state = dict(data=train, online=online, optimizer=optimizer, probe=probe)  # what is saved
     state.update(target=target, average=average, scale=scale)
     start = common.resume(args, state)
     log = common.Log(args, start, total)

@@ -168,7 +168,7 @@ def get_args(argv=None):
 
 
 class Online(nn.Module):
-    """Backbone and projector."""
+    """The network that is trained: backbone and projector."""
 
     def __init__(self, args):
         super().__init__()
@@ -190,10 +190,10 @@ def main(args):
     warmup = args.warmup * steps_per_epoch
 
     online = common.prepare(Online(args), device)
-    model = common.parallel(online, args, device)
+    model = common.parallel(online, args, device)  # the same, under DDP
     optimizer = common.make_optimizer(online, args)
     probe = common.Probe(online.width, train, device)
-    state = dict(data=train, online=online, optimizer=optimizer, probe=probe)
+    state = dict(data=train, online=online, optimizer=optimizer, probe=probe)  # what is saved
     start = common.resume(args, state)
     log = common.Log(args, start, total)
     signals = common.Signals(args)

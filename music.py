@@ -1,23 +1,24 @@
 """MUSIC: multi-segmental informational coding.
 
 Split an embedding into S segments of s units, take a softmax in each, p1 and p2 (N, S, s) for the two views,
-and let P[a,i,b,j] = 1/N sum_n p1[n,a,i] p2[n,b,j] be the joint probability of unit i of segment a and unit j
-of segment b:
+and let P[a,i,b,j] = 1/N sum_n p1[n,a,i] p2[n,b,j] be the joint probability of unit i of segment a in view 1
+and unit j of segment b in view 2:
 
     L = 1/S sum_a sum_i P[a,i,a,i] log P[a,i,a,i]                     maximise the entropy of each segment
       + 1/(S (S - 1)) sum_{a != b} sum_ij P[a,i,b,j] log P[a,i,b,j]   and make segments independent
       - 1/(N S) sum_n sum_a log sum_i p1[n,a,i] p2[n,a,i]             views agree
 
-No momentum network, no stop-gradient, no normalisation of the embedding. L >= -3 log s, reached where units
-are equally frequent, segments independent, and both views of an image have the same one-hot code.
+No momentum network, no stop-gradient, no normalisation of the embedding. With S > 1, L >= -3 log s, reached
+where units are equally frequent, segments independent, and both views of an image have the same one-hot code.
 
-Niu, Wang 2022, arXiv 2206.06461. The code was not released: settings are those of its successor, IMSVD.
+Niu, Wang 2022, arXiv 2206.06461. The code was not released: the loss is the paper's, settings are those of
+its successor's code, IMSVD (github.com/niuchuangnn/IMSVD).
 
     python music.py                                                 built-in images, minutes on a CPU
     torchrun --nproc_per_node 8 music.py --data /imagenet           the recipe `imagenet`
 
-Differences from IMSVD's code: each rank evaluates its share of P, which has d x d numbers, and one process
-alone holds only some rows of P at a time; probabilities are clamped at 1e-30 in logarithms, not at 1e-8.
+Differences from IMSVD's code: P (d x d) is computed some rows at a time, and its rows are divided among the
+ranks; probabilities are clamped at 1e-30, in logarithms only, not at 1e-8.
 """
 
 import torch
@@ -34,7 +35,9 @@ def safe_log(p: Tensor) -> Tensor:
 
 
 def music_loss(z1, z2, segment_size, weights=(1, 1, 1), temperature=1) -> tuple[Tensor, dict[str, Tensor]]:
-    """L of embeddings z1, z2 (n, d), d = S s, float32 or better, over all ranks; `weights` scale its terms.
+    """L of embeddings z1, z2 (n, d), d = S s, in float32 or float64, over all ranks; and its terms, detached.
+
+    The weights are those of the terms within segments, between segments and invariance.
 
     Raises ValueError where d is not a multiple of the segment size s.
     """
@@ -46,75 +49,66 @@ def music_loss(z1, z2, segment_size, weights=(1, 1, 1), temperature=1) -> tuple[
     p1 = torch.softmax(z1.view(n, S, segment_size) / temperature, 2)  # (n, S, s)
     p2 = torch.softmax(z2.view(n, S, segment_size) / temperature, 2)
 
-    both = p1 * p2
-    agreement = safe_log(both.sum(2)).sum()
-    sums = common.all_reduce(torch.cat([both.sum(0).flatten(), agreement.view(1)]))
+    product = p1 * p2
+    log_agreement = safe_log(product.sum(2)).sum()
+    sums = common.all_reduce(torch.cat([product.sum(0).flatten(), log_agreement.view(1)]))
     P_diagonal = sums[:-1] / N  # (d,): P[a,i,a,i]
-    diagonal = (P_diagonal * safe_log(P_diagonal)).sum() / S
+    within = (P_diagonal * safe_log(P_diagonal)).sum() / S
     invariance = -sums[-1] / (N * S)
-    off_diagonal = torch.zeros_like(diagonal)
+    between = torch.zeros_like(within)
     if S > 1:
         p = torch.stack([p1.flatten(1), p2.flatten(1)])  # (2, n, d)
         value, grad = between_segments(p.detach(), segment_size)
-        off_diagonal = common.with_gradient(value, p, grad)
+        between = common.with_gradient(value, p, grad)
 
-    loss = weights[0] * diagonal + weights[1] * off_diagonal + weights[2] * invariance
-    terms = dict(diagonal=diagonal, off_diagonal=off_diagonal, invariance=invariance)
+    loss = weights[0] * within + weights[1] * between + weights[2] * invariance
+    terms = dict(within=within, between=between, invariance=invariance)
     return loss, {name: term.detach() for name, term in terms.items()}
 
 
 def between_segments(p: Tensor, s: int) -> tuple[Tensor, Tensor]:
     """The second term of L, of p (2, n, d) over all ranks, and its gradient with respect to p.
 
-    With P = p1^T p2 / N and G = log P + 1, both without the blocks a = b, the gradient of sum P log P is p2
-    G^T / N and p1 G / N. G is at hand where P is, so that value and gradient come in one pass. The gradient
-    is W times this rank's part of it, W the number of ranks, since DDP divides by W.
+    With P = p1^T p2 / N and G = log P + 1, both without the blocks a = b, the gradient of sum P log P is
+    p2 G^T / N for p1 and p1 G / N for p2. G needs only P, so that value and gradient come in one pass. The
+    gradient is that of this rank's rows times W, the number of ranks, since DDP divides by W.
     """
     _, n, d = p.shape
     S = d // s
     W = common.world()
-    r = common.rank()
-    my_segments = torch.arange(S).tensor_split(W)[r].tolist()
+    N = n * W
+    p1, p2 = common.all_gather(p[0]), common.all_gather(p[1])  # (N, d)
     value = p.new_zeros(())
-    if W > 1 and 2 * d**2 < 4 * n * W * d:  # fewer numbers to exchange: P and G, d^2 each
-        P = (p[0] / (n * W)).mT @ p[1]
-        dist.all_reduce(P)
-        G = torch.zeros_like(P)  # rows of the other ranks' segments stay 0, for the sum below
-        for a in my_segments:
-            rows = slice(a * s, (a + 1) * s)
-            part, G[rows] = plogp_and_gradient(P[rows], a, s)
+    grad = torch.zeros(2, N, d, dtype=p.dtype, device=p.device)
+    my_segments = torch.arange(S).tensor_split(W)[common.rank()].tolist()
+    at_once = max(1, 1024 // s)  # about 1024 rows of P
+    for first in my_segments[::at_once]:
+        last = min(first + at_once - 1, my_segments[-1])
+        rows = slice(first * s, (last + 1) * s)
+        P = (p1[:, rows] / N).mT @ p2
+        G = torch.empty_like(P)
+        for a in range(first, last + 1):
+            of_a = slice((a - first) * s, (a - first + 1) * s)
+            part, G[of_a] = plogp_and_gradient(P[of_a], a, s)
             value += part
-        dist.all_reduce(G)
-        grad = torch.stack([p[1] @ G.mT, p[0] @ G])
-    else:  # p1 and p2, and their gradients, N d each
-        p1, p2 = common.all_gather(p[0]), common.all_gather(p[1])
-        grad = torch.zeros(2, n * W, d, dtype=p.dtype, device=p.device)
-        segments_at_once = max(1, 1024 // s)  # about 1024 rows of P
-        for first in my_segments[::segments_at_once]:
-            rows = slice(first * s, min(first + segments_at_once, my_segments[-1] + 1) * s)
-            G = (p1[:, rows] / (n * W)).mT @ p2  # this is P (rows, d), which G replaces block by block
-            for a in range(first, rows.stop // s):
-                block = slice((a - first) * s, (a - first + 1) * s)
-                part, G[block] = plogp_and_gradient(G[block], a, s)
-                value += part
-            grad[0, :, rows] = p2 @ G.mT
-            grad[1].addmm_(p1[:, rows], G)
-        if W > 1:
-            dist.all_reduce(grad)
-        grad = grad[:, r * n : (r + 1) * n]
+        grad[0, :, rows] = p2 @ G.mT
+        grad[1].addmm_(p1[:, rows], G)
     if W > 1:
         dist.all_reduce(value)
+        dist.all_reduce(grad)
+    grad = grad[:, common.rank() * n :][:, :n]
     scale = 1 / (S * (S - 1))
     return value * scale, grad * (scale / n)  # 1 / n is W / N
 
 
 def plogp_and_gradient(P: Tensor, a: int, s: int) -> tuple[Tensor, Tensor]:
-    """sum P log P of segment a's rows of P (s, d) without block (a, a), and its gradient log P + 1."""
+    """Of P (s, d), the rows of segment a: sum P log P without its own columns, and the gradient log P + 1."""
+    own = slice(a * s, (a + 1) * s)
     G = safe_log(P)
-    G[:, a * s : (a + 1) * s] = 0
+    G[:, own] = 0
     value = (P * G).sum()
     G += 1
-    G[:, a * s : (a + 1) * s] = 0
+    G[:, own] = 0
     return value, G
 
 
@@ -148,11 +142,10 @@ def get_args(argv=None):
     """Arguments from argv, by default the command line; those not given come from the recipe."""
     parser = common.parser_for(__doc__)
     add = parser.add_argument_group("MUSIC").add_argument
-    add("--segment", type=common.number(int, 1), help="s, units of a segment; divides --dim")
+    add("--segment", type=common.number(int, 1), help="s, number of units in a segment; divides --dim")
     add("--temperature", type=common.number(float, 1e-3), help="of the softmax in a segment")
-    add(
-        "--weights", type=common.number(float, 0), nargs=3, default=[1.0, 1.0, 1.0], help="of the three terms"
-    )
+    weights = dict(nargs=3, default=[1.0, 1.0, 1.0], help="within, between segments, invariance")
+    add("--weights", type=common.number(float, 0), **weights)
     add("--hidden", type=common.number(int, 1), nargs="+", help="widths of the projector's hidden layers")
     add("--dim", type=common.number(int, 2), help="d = S s, dimension of the embedding")
     args = common.parse(parser, RECIPES, argv)
@@ -165,7 +158,7 @@ def get_args(argv=None):
 
 
 class Online(nn.Module):
-    """Backbone and projector."""
+    """The network that is trained: backbone and projector."""
 
     def __init__(self, args):
         super().__init__()
@@ -180,7 +173,7 @@ class Online(nn.Module):
 
 
 def loss_of(zs, args):
-    """Over the two global views; local crops are pulled to both."""
+    """The mean loss of all pairs of a global view and another view; terms of the two global views."""
     pairs = [(0, 1)]
     for local in range(2, len(zs)):
         pairs += [(0, local), (1, local)]
@@ -197,10 +190,10 @@ def main(args):
     warmup = args.warmup * steps_per_epoch
 
     online = common.prepare(Online(args), device)
-    model = common.parallel(online, args, device)
+    model = common.parallel(online, args, device)  # the same, under DDP
     optimizer = common.make_optimizer(online, args)
     probe = common.Probe(online.width, train, device)
-    state = dict(data=train, online=online, optimizer=optimizer, probe=probe)
+    state = dict(data=train, online=online, optimizer=optimizer, probe=probe)  # what is saved
     start = common.resume(args, state)
     log = common.Log(args, start, total)
     signals = common.Signals(args)

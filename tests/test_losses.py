@@ -139,7 +139,7 @@ def test_hsic_has_the_official_values_and_is_its_gram_matrix_form(seed, shape, o
 def test_music_has_the_official_values(seed, shape, s, official):
     zs = official_views(seed, *shape)
     loss, terms = music.music_loss(*zs, s)
-    assert_official(loss, [terms["diagonal"], terms["off_diagonal"], terms["invariance"]], zs, official, 1e-6)
+    assert_official(loss, [terms["within"], terms["between"], terms["invariance"]], zs, official, 1e-6)
 
 
 @pytest.mark.parametrize("seed, shape, b, alpha, official", OFFICIAL_SPHERE)
@@ -189,9 +189,9 @@ def test_music_is_its_definition_with_all_of_P_in_memory(s):
     P = torch.einsum("nai,nbj->abij", p1, p2) / 7
     assert_near(P.sum((2, 3)), torch.ones(S, S))
     negentropy = P * P.log()
-    diagonal = torch.einsum("aaii->", negentropy) / S
-    off_diagonal = (negentropy.sum() - torch.einsum("aaij->", negentropy)) / max(1, S * (S - 1))
-    naive = 2 * diagonal + 3 * off_diagonal - 5 * (p1 * p2).sum(2).log().mean()
+    within = torch.einsum("aaii->", negentropy) / S
+    between = (negentropy.sum() - torch.einsum("aaij->", negentropy)) / max(1, S * (S - 1))
+    naive = 2 * within + 3 * between - 5 * (p1 * p2).sum(2).log().mean()
     assert_same(music.music_loss(*zs, s, (2, 3, 5), 0.5)[0], naive, zs)
     with pytest.raises(ValueError, match="24 .* 5"):
         music.music_loss(*zs, 5)

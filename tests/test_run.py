@@ -74,7 +74,7 @@ def test_what_a_run_leaves_and_that_the_same_command_changes_nothing(tmp_path, f
     steps = [record for record in log if "loss" in record]
     assert [record["step"] for record in steps] == [1, 2, 3, 4, 5, 6]
     measured = {"lr", "gradient_norm", "rank_h", "rank_z", "std_h", "std_z", "images_per_second"}
-    assert measured | {"seconds_waiting", "diagonal", "invariance"} <= steps[0].keys()
+    assert measured | {"seconds_waiting", "within", "invariance"} <= steps[0].keys()
     assert {"commit", "command", "versions", "hardware"} <= json.loads((out / "args.json").read_text())[
         "surroundings"
     ].keys()
@@ -196,7 +196,7 @@ def test_a_loss_that_is_not_finite_is_named_with_its_terms(tmp_path, folder, mon
     monkeypatch.setattr(music, "music_loss", spoilt)
     assert train("--data", folder, *FLAGS, "--out", tmp_path / "out") == 2
     said = capsys.readouterr().err
-    assert "step 3" in said and "diagonal" in said and not (tmp_path / "out" / "checkpoint.pt").exists()
+    assert "step 3" in said and "within" in said and not (tmp_path / "out" / "checkpoint.pt").exists()
 
 
 def test_damaged_checkpoints_fall_back_or_are_refused(tmp_path, folder, capsys):
@@ -207,6 +207,8 @@ def test_damaged_checkpoints_fall_back_or_are_refused(tmp_path, folder, capsys):
     (out / "checkpoint.pt").write_bytes(data)
     assert train(*flags) == 0
     assert "checkpoint.pt is damaged" in capsys.readouterr().err and same(state_of(out), whole)
+    torch.save({"step": 0, "data": whole["data"]}, out / "checkpoint.pt")
+    assert train(*flags) == 2 and "holds no 'online'" in capsys.readouterr().err
     for name in ("checkpoint.pt", "checkpoint-previous.pt"):
         (out / name).write_bytes(data[:1000])
     assert train(*flags) == 2 and "none before it" in capsys.readouterr().err
