@@ -91,7 +91,7 @@ def add_run_flags(add):
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     cores = int(os.environ.get("SLURM_CPUS_PER_TASK", os.cpu_count() // ranks_here))
     add("--seed", type=number(int, 0, 2**62), default=0, help="of all random choices")
-    add("--workers", type=number(int, 0, 1024), default=min(16, cores), help="processes a rank that decode")
+    add("--workers", type=number(int, 0, 1024), default=min(16, cores), help="decoding processes per rank")
     add("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu",
         help="a rank takes the GPU of its number; CUDA_VISIBLE_DEVICES chooses among them")
     add("--precision", choices=["bf16", "fp32"], help="of the networks (default: bf16 where hardware has it)")
@@ -1314,22 +1314,23 @@ def launch(main, get_args):
     parser = Parser(usage=argparse.SUPPRESS, add_help=False)
     add = parser.add_argument_group("launch").add_argument
     # fmt: off
-    add("--submit", choices=["slurm", "local"], help="leave the run to SLURM, or to the background here")
+    add("--submit", choices=["slurm", "local"], help="run as a SLURM job, or in the background here")
     add("--sweep", nargs="+", default=[], metavar="FLAG=V1,V2", help="a run below --out for each point of "
         "the product; true and false for flags with a --no, 'flag=1 2,3' for flags of several values")
     add("--nodes", type=number(int, 1), default=1)
-    add("--gpus", type=number(int, 0), default=0, help="a node, each is a rank")
-    add("--tasks", type=number(int, 1), default=1, help="ranks a node, without GPUs")
-    add("--cpus", type=number(int, 1), default=1, help="a rank")
+    add("--gpus", type=number(int, 0), default=0, help="per node, a rank each")
+    add("--tasks", type=number(int, 1), default=1, help="ranks per node, without GPUs")
+    add("--cpus", type=number(int, 1), default=1, help="per rank")
     add("--minutes", type=number(int, 1), default=60, help="until the run saves, is requeued and goes on")
     add("--partition", help="of the cluster")
-    add("--slurm", nargs="+", default=[], metavar="KEY=VALUE", help="more for sbatch: account, qos, ...")
+    add("--slurm", nargs="+", default=[], metavar="KEY=VALUE", help="more sbatch options: account, qos, ...")
     # fmt: on
     job, argv = parser.parse_known_args()
     if {"--help", "-h"} & set(argv):
         with contextlib.suppress(SystemExit):
             get_args(["--help"])
-        return print(parser.format_help())
+        print(parser.format_help())
+        return
     if job.submit or job.sweep:
         runs = sweep_points(job.sweep, argv, get_args)
         if job.submit:
