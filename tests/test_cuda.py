@@ -204,7 +204,6 @@ RUNS = [
     (8, "corinfomax", "--objective ldmi --micro-batch 2"),
     (1, "music", f"--segment 4 {CROPS} 16"),
     (8, "music", "--segment 4"),
-    (8, "music", "--segment 4 --dim 128"),
     (1, "mmd_sphere", "--kernel rbf --log"),
     (8, "mmd_sphere", f"{CROPS} 2"),
     (1, "music", "--segment 4 --batch-size 16 --data {big_folder}"),
