@@ -57,7 +57,7 @@ def sample_features(
 
 def random_features(z: Tensor, omega: Tensor, phase: Tensor, c=1.0) -> Tensor:
     """phi(z) = sqrt(2 / f) cos(z omega / c + phase), so that phi(a).phi(b) ~ k(a, b), for z (..., d)."""
-    return math.sqrt(2 / len(phase)) * torch.cos(z @ omega.to(z.dtype) / c + phase.to(z.dtype))
+    return math.sqrt(2 / len(phase)) * F.linear(z, (omega / c).to(z.dtype).mT, phase.to(z.dtype)).cos()
 
 
 def hsic_zy(phi: Tensor) -> Tensor:
@@ -95,17 +95,16 @@ def hsic_loss(
     grad = torch.zeros_like(everyone, memory_format=torch.contiguous_format)  # NCCL wants it
     sums = zs.new_zeros(4)  # loss, HSIC(Z, Y), sqrt HSIC(Z, Z), pairs of a view with itself
     for draw in range(common.rank(), draws, common.world()):
+        omega, phase = sample_features(d, 2 * f, kernel, seed, step, zs.device, draw)
         with torch.enable_grad():
             z = everyone.detach().requires_grad_()
-            omega, phase = sample_features(d, f, kernel, seed, step, z.device, 2 * draw)
-            phi = random_features(z, omega, phase, c)
-            omega, phase = sample_features(d, f, kernel, seed, step, z.device, 2 * draw + 1)
-            psi = random_features(z, omega, phase, c)  # with phi again, HSIC(Z, Z) would be biased
+            phi = random_features(z, omega[:, :f], phase[:f], c)
+            psi = random_features(z, omega[:, f:], phase[f:], c)  # with phi again, HSIC(Z, Z) would be biased
             zy = hsic_zy(phi)
             root = (hsic_zz(phi, psi) + 1e-14).sqrt()  # its gradient is finite at collapse
             loss = gamma * root - zy
+        itself = phi.detach().square().sum() / (phi.shape[1] * M * (M - 1))
         grad += torch.autograd.grad(loss, z)[0] / draws
-        itself = phi.square().sum() / (phi.shape[1] * M * (M - 1))
         sums += torch.stack([loss, zy, root, itself]).detach() / draws
     if common.world() > 1:
         dist.all_reduce(grad)
