@@ -26,7 +26,6 @@ import subprocess
 import sys
 import time
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
@@ -444,8 +443,7 @@ def to_memory(images, device):
         first = images.read(0)
         if first is None or max(first.shape) > MEMORY_SIDE or len(images) * first.numel() > MEMORY_BYTES:
             return images
-        with ThreadPoolExecutor() as pool:
-            decoded = list(pool.map(images.read, range(len(images))))
+        decoded = [images.read(i) for i in range(len(images))]  # with small images, threads only wait
         if any(image is None or image.shape != first.shape for image in decoded):
             return images
         pixels = torch.stack(decoded)
