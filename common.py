@@ -842,6 +842,7 @@ def start(args, script):
         if device.index >= gpus:
             fail(f"--device cuda: GPU {device.index} is wanted and there are {gpus}, give cpu or fewer ranks")
         torch.cuda.set_device(device)
+        torch.set_num_threads(1)  # little is left on the CPU, and threads would wait for busy workers
         group = dict(backend="nccl", device_id=device)
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     if args.precision is None:
