@@ -27,7 +27,7 @@ import argparse
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 import common
 
@@ -50,7 +50,7 @@ class CorInfoMax(nn.Module):
         self.register_buffer("R", r0 * torch.eye(d, dtype=torch.float64).repeat(2, 1, 1))
         self.register_buffer("R12", torch.zeros(d, d, dtype=torch.float64))
 
-    def forward(self, z1: Tensor, z2: Tensor, alpha: float) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, z1, z2, alpha):
         """L of normalised z1, z2 (n, d), over all ranks, and its terms."""
         n, d = z1.shape
         N, z = n * common.world(), torch.stack([z1, z2]).double()  # (2, n, d)
@@ -74,17 +74,17 @@ class CorInfoMax(nn.Module):
             self.R12 = R12.detach()
         return loss, {name: term.detach() for name, term in terms.items()}
 
-    def moment(self, x: Tensor, y: Tensor, mean: Tensor, mu: Tensor, N: int) -> Tensor:
+    def moment(self, x, y, mean, mu, N):
         """(x - mu_x)^T (y - mu_y) / N of x, y (..., n, d), over all ranks."""
         (m1, m2), (mu1, mu2) = (mean, mu) if x.ndim == 2 else ((mean, mean), (mu, mu))
         outer = lambda a, b: a.unsqueeze(-1) * b.unsqueeze(-2)
         raw = common.all_reduce(x.mT @ y) / N
         return raw - outer(m1, mu2) - outer(mu1, m2) + outer(mu1, mu2)
 
-    def regular(self, R: Tensor) -> Tensor:
+    def regular(self, R):
         return R + self.eps * torch.eye(len(R), dtype=R.dtype, device=R.device)
 
-    def logdet(self, R: Tensor) -> Tensor:
+    def logdet(self, R):
         """logdet(R + eps I), by Cholesky; NaN where rounding has made the positive definite R indefinite."""
         factor, failed = torch.linalg.cholesky_ex(self.regular(R))  # a look at `failed` would wait for a GPU
         return 2 * factor.diagonal().log().sum().masked_fill(failed != 0, torch.nan)
@@ -174,7 +174,7 @@ class Online(nn.Module):
         self.backbone, self.width = common.resnet(args.arch, args.stem, args.zero_init, args.init)
         self.projector = common.mlp(self.width, *args.hidden, args.dim, norm=args.norm)
 
-    def forward(self, xs: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def forward(self, xs):
         """Features (n, D) of the first of v views, and embeddings (v, n, d) of all."""
         hs = common.per_view(self.backbone, xs, self.micro_batch)
         return hs[0], torch.stack(common.per_view(self.projector, hs))

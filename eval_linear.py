@@ -289,19 +289,16 @@ def plan(args, mode, train, test):
 def kept_features(args, net, images):
     """Features (n, D) of the centres of all images and labels (n,); kept on disk for other evaluations."""
     key = common.from_rank_0(lambda: fingerprint(images))
-    folder = Path(args.out).parent.parent / "features"
-    path = folder / f"{args.backbone_hash}-{key}-{args.size}-{args.precision}.pt"
-    try:
-        kept = common.load_checked(path)
-    except Exception:  # not there, or damaged
-        kept = None
-    device = next(net.parameters()).device
-    if common.all_reduce(torch.tensor(float(kept is None), device=device)) > 0:
-        kept = common.features(net, images, torch.arange(len(images)), args, args.resize)
-        if common.rank() == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            common.write(path, lambda file: torch.save([tensor.cpu() for tensor in kept], file))
-    return [tensor.to(device) for tensor in kept]
+    name = f"{args.backbone_hash}-{key}-{args.size}-{args.precision}.pt"
+    path = Path(args.out).parent.parent / "features" / name
+    if common.from_rank_0(path.exists):
+        device = next(net.parameters()).device
+        return [tensor.to(device) for tensor in common.load_checked(path)]
+    kept = common.features(net, images, torch.arange(len(images)), args, args.resize)
+    if common.rank() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        common.write(path, lambda file: torch.save([tensor.cpu() for tensor in kept], file))
+    return kept
 
 
 def fingerprint(images):

@@ -31,16 +31,14 @@ import math
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 import common
 
 # ----------------------------------------------------------------------------------------- the loss
 
 
-def sample_features(
-    d: int, f: int, kernel: str, seed: int, step: int, device="cpu", draw=0
-) -> tuple[Tensor, Tensor]:
+def sample_features(d, f, kernel, seed, step, device="cpu", draw=0):
     """Frequencies omega (d, f) and phases (f,) of the kernel with c = 1, the same on every rank.
 
     The IMQ kernel is a mixture of Gaussians, (1 + r^2)^(-1/2) = E exp(-s^2 r^2 / 2) with s ~ N(0, 1); so is
@@ -48,26 +46,29 @@ def sample_features(
     """
     numbers = torch.arange((d + 2) * f, device=device)
     u = common.uniform(seed, step, draw, numbers).view(d + 2, f)
-    normal = math.sqrt(2) * torch.erfinv(2 * u[:-1] + (2.0**-53 - 1))
+    symmetric = 2 * u[:-1] + (2.0**-53 - 1)  # in (-1, 1)
+    normal = math.sqrt(2) * torch.erfinv(symmetric)
     omega = normal[:d]
     if kernel == "imq":
         omega = omega * normal[d]
     return omega.float(), (2 * math.pi * u[-1]).float()
 
 
-def random_features(z: Tensor, omega: Tensor, phase: Tensor, c=1.0) -> Tensor:
+def random_features(z, omega, phase, c=1.0):
     """phi(z) = sqrt(2 / f) cos(z omega / c + phase), so that phi(a).phi(b) ~ k(a, b), for z (..., d)."""
-    return math.sqrt(2 / len(phase)) * F.linear(z, (omega / c).to(z.dtype).mT, phase.to(z.dtype)).cos()
+    omega = (omega / c).to(z.dtype)
+    waves = F.linear(z, omega.mT, phase.to(z.dtype)).cos()
+    return math.sqrt(2 / len(phase)) * waves
 
 
-def hsic_zy(phi: Tensor) -> Tensor:
+def hsic_zy(phi):
     """HSIC(Z, Y) of features phi (M, N, f) of M views; pairs p = l kept, as officially."""
     M, N, _ = phi.shape
     same = phi.sum(0).square().sum() / (N * M * (M - 1))
     return same - phi.mean((0, 1)).square().sum()
 
 
-def hsic_zz(phi: Tensor, psi: Tensor) -> Tensor:
+def hsic_zz(phi, psi):
     """HSIC(Z, Z) of two independent draws of features, (M, N, f) each: |cov(phi, psi)|_F^2.
 
     No gradient passes through the means: it would be the sum of the other side's centred rows, which is 0.
@@ -77,9 +78,7 @@ def hsic_zz(phi: Tensor, psi: Tensor) -> Tensor:
     return (phi.mT @ psi).square().sum() / len(phi) ** 2
 
 
-def hsic_loss(
-    zs: Tensor, c=1.0, gamma=3.0, kernel="imq", f=512, seed=0, step=0, draws=1
-) -> tuple[Tensor, dict[str, Tensor]]:
+def hsic_loss(zs, c=1.0, gamma=3.0, kernel="imq", f=512, seed=0, step=0, draws=1):
     """L of embeddings zs (M, n, d), M >= 2, float32 or better, over all ranks, and its terms; c is fixed.
 
     f: random features a draw, or 0 for the kernel itself; the linear one needs none. The loss is the mean of
@@ -110,11 +109,12 @@ def hsic_loss(
         dist.all_reduce(grad)
         dist.all_reduce(sums)
     loss, zy, root, itself = sums
-    loss = common.with_gradient(loss, zs, common.world() * grad[:, own : own + n])
+    grad = common.world() * grad[:, own : own + n]
+    loss = common.with_gradient(loss, zs, grad)
     return loss, dict(hsic_zy=zy, sqrt_hsic_zz=root, dependence=zy - itself)
 
 
-def kernel_of(r2: Tensor, kernel: str, c) -> Tensor:
+def kernel_of(r2, kernel, c):
     """k as a function of the squared distance between normalised embeddings."""
     if kernel == "linear":
         return 1 - r2 / 2
@@ -123,29 +123,33 @@ def kernel_of(r2: Tensor, kernel: str, c) -> Tensor:
     return (1 + r2 / c**2).rsqrt()
 
 
-def exact_loss(zs: Tensor, everyone: Tensor, c, gamma, kernel) -> tuple[Tensor, dict[str, Tensor]]:
+def exact_loss(zs, everyone, c, gamma, kernel):
     """L with the kernel itself, in O(N^2), for normalised zs (M, n, d) and those of all ranks (M, N, d).
 
     Each rank has its own rows of the Gram matrix, against detached columns of all ranks. By symmetry that is
     half of the gradient: doubled below. The centring is constant: sum (HKH)^2 has the derivative 2 <HKH, dK>.
     """
     M, n, _ = zs.shape
-    own = slice(common.rank() * n * M, (common.rank() + 1) * n * M)
+    first = common.rank() * n * M
+    own = slice(first, first + n * M)
     rows = zs.transpose(0, 1).flatten(0, 1)  # (n M, d), the views of an image together
     columns = everyone.transpose(0, 1).flatten(0, 1)
-    K = kernel_of((2 - 2 * rows @ columns.mT).clamp(min=0), kernel, c)  # (n M, N M)
+    r2 = (2 - 2 * rows @ columns.mT).clamp(min=0)  # (n M, N M)
+    K = kernel_of(r2, kernel, c)
     NM = K.shape[1]
     mean = common.all_gather(K.mean(1))  # (N M,)
     centred = K - mean[own, None] - mean + mean.mean()
     same = K[:, own].view(n, M, n, M).diagonal(dim1=0, dim2=2)  # (M, M, n)
-    same, every, square = common.all_reduce(torch.stack([same.sum(), K.sum(), centred.square().sum()]))
+    sums = torch.stack([same.sum(), K.sum(), centred.square().sum()])
+    same, every, square = common.all_reduce(sums)
     zy = same / (NM * (M - 1)) - every / NM**2
     zz = square / NM**2
     zy = 2 * zy - zy.detach()
     zz = 2 * zz - zz.detach()
     root = (zz + 1e-14).sqrt()
-    terms = dict(hsic_zy=zy.detach(), sqrt_hsic_zz=root.detach(), dependence=zy.detach() - 1 / (M - 1))
-    return gamma * root - zy, terms
+    loss = gamma * root - zy
+    zy = zy.detach()
+    return loss, dict(hsic_zy=zy, sqrt_hsic_zz=root.detach(), dependence=zy - 1 / (M - 1))
 
 
 class KernelScale(nn.Module):
@@ -157,11 +161,10 @@ class KernelScale(nn.Module):
     once.
     """
 
-    def __init__(self, kernel: str, how: str, pairs: int = 1024):
+    def __init__(self, kernel, how):
         super().__init__()
         self.kernel = kernel
         self.how = how
-        self.pairs = pairs
         self.c = nn.Parameter(torch.ones(()))
         self.optimizer = torch.optim.Adam([self.c], 3e-4)
 
@@ -171,7 +174,7 @@ class KernelScale(nn.Module):
     def set_extra_state(self, saved):
         self.optimizer.load_state_dict(saved)
 
-    def forward(self, zs: Tensor, seed: int, step: int) -> Tensor:
+    def forward(self, zs, seed, step):
         """c for this step's loss, from zs (M, n, d) detached; with `adam`, also its gradient."""
         if self.kernel == "linear":
             return self.c.detach()
@@ -180,20 +183,23 @@ class KernelScale(nn.Module):
             c2 = r2.mean() / 2
             if self.kernel == "imq":
                 for _ in range(12):  # towards the fixed point
-                    c2 = 1 / (3 * (1 / (r2 + c2).clamp(min=1e-12)).mean())
+                    nearness = 1 / (r2 + c2).clamp(min=1e-12)
+                    c2 = 1 / (3 * nearness.mean())
             self.c.data.copy_(c2.clamp(min=1e-8).sqrt())
             return self.c.detach().clone()
         if self.kernel == "imq":
             sensitivity = self.c.log() - 1.5 * (self.c**2 + r2).log().mean()
         else:
             sensitivity = -2 * self.c.log() - r2.mean() / (2 * self.c**2)
-        self.c.grad = torch.autograd.grad(-sensitivity, self.c)[0]
+        (gradient,) = torch.autograd.grad(-sensitivity, self.c)
+        self.c.grad = gradient
         return self.c.detach().clone()
 
-    def squared_distances(self, zs: Tensor, seed: int, step: int) -> Tensor:
-        """|z_a - z_b|^2 of random pairs of rows of all views and ranks, the same on every rank: (pairs,)."""
-        everyone = common.all_gather(F.normalize(zs, dim=2).transpose(0, 1)).flatten(0, 1)  # (N M, d)
-        numbers = torch.arange(2 * self.pairs, device=zs.device)
+    def squared_distances(self, zs, seed, step):
+        """|z_a - z_b|^2 of random pairs of rows of all views and ranks, the same on every rank: (1024,)."""
+        zs = F.normalize(zs, dim=2)
+        everyone = common.all_gather(zs.transpose(0, 1)).flatten(0, 1)  # (N M, d)
+        numbers = torch.arange(2048, device=zs.device)
         drawn = (common.uniform(seed, step, numbers, -2) * len(everyone)).long()
         a, b = everyone[drawn].chunk(2)
         return (a - b).square().sum(1)
@@ -235,15 +241,8 @@ def get_args(argv=None):
     add("--features", type=common.number(int, 0), help="f, random features a draw (0: the kernel itself)")
     add("--draws", type=common.number(int, 1), default=1, help="G, independent draws of features a step")
     add("--scale", choices=["adam", "adaptive"], help="c, learned by Adam or at its optimum every step")
-    add(
-        "--target", action=argparse.BooleanOptionalAction, help="target network and predictor, M = 4 (else 2)"
-    )
-    add(
-        "--tau",
-        type=common.number(float, 0, 1),
-        default=0.99,
-        help="first momentum of the target; rises to 1",
-    )
+    add("--target", action=argparse.BooleanOptionalAction, help="target network and predictor: M = 4, not 2")
+    add("--tau", type=common.number(float, 0, 1), default=0.99, help="target's first momentum; rises to 1")
     add("--ema", type=common.number(float, 0, 0.999999), help="momentum of the weights that are evaluated")
     add("--hidden", type=common.number(int, 1), help="width of projector and predictor")
     add("--dim", type=common.number(int, 2), help="d, dimension of the embedding")
@@ -263,7 +262,7 @@ class Online(nn.Module):
         self.projector = common.mlp(self.width, args.hidden, args.dim)
         self.predictor = common.mlp(args.dim, args.hidden, args.dim) if args.target else nn.Identity()
 
-    def forward(self, xs: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def forward(self, xs):
         """Features (n, D) of the first view; predictions, or without target projections, (v, n, d) of all."""
         hs = common.per_view(self.backbone, xs, self.micro_batch)
         zs = common.per_view(self.projector, hs)
@@ -313,10 +312,11 @@ def main(args):
         optimizer.step()
         scale.optimizer.step()
         if args.target:
-            momentum = 1 - (1 - args.tau) * (1 + math.cos(math.pi * step / total)) / 2
+            momentum = 1 - (1 - args.tau) * common.warmup_cosine(step, 0, total)
             common.ema_update(target[0], online.backbone, momentum)
             common.ema_update(target[1], online.projector, momentum)
-        common.ema_update(average, online.backbone, min(args.ema, (1 + step) / (10 + step)))
+        momentum = min(args.ema, (1 + step) / (10 + step))
+        common.ema_update(average, online.backbone, momentum)
         probe.step(h.float().detach(), y)
 
         done = step + 1

@@ -21,7 +21,7 @@ own rows of the Gram matrix against detached columns: one gather forward, nothin
 import argparse
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import common
 
@@ -30,7 +30,7 @@ import common
 BLOCK = 2**20  # numbers of the Gram matrix at a time
 
 
-def legendre(t: Tensor, d: int, order: int) -> list[Tensor]:
+def legendre(t, d, order):
     """P_0 .. P_order of dimension d >= 2 at t = <u, v> in [-1, 1]; P_l(1) = 1."""
     P = [torch.ones_like(t), t]
     for l in range(1, order):
@@ -38,14 +38,14 @@ def legendre(t: Tensor, d: int, order: int) -> list[Tensor]:
     return P
 
 
-def phi_of(t: Tensor, d: int, b, kernel: str, tau: float) -> Tensor:
+def phi_of(t, d, b, kernel, tau):
     """phi(t), elementwise, of the kernel K(u, v) = phi(<u, v>) in dimension d."""
     if kernel == "legendre":
         return sum(weight * P for weight, P in zip(b, legendre(t, d, len(b))[1:], strict=True))
     return torch.exp(-2 * tau * (1 - t)) if kernel == "rbf" else t.square()
 
 
-def mmd2(z: Tensor, b, kernel="legendre", log=False, tau=2.0) -> tuple[Tensor, Tensor]:
+def mmd2(z, b, kernel="legendre", log=False, tau=2.0):
     """MMD^2 of normalised z (n, d) over all ranks, and its gradient, times W since DDP divides by W.
 
     With log, the logarithm of the mean over pairs i != j. Own rows against the columns of all ranks give half
@@ -74,9 +74,7 @@ def mmd2(z: Tensor, b, kernel="legendre", log=False, tau=2.0) -> tuple[Tensor, T
     return total / N**2, grad
 
 
-def mmd_sphere_loss(
-    zs: Tensor, alpha, b, kernel="legendre", log=False, tau=2.0
-) -> tuple[Tensor, dict[str, Tensor]]:
+def mmd_sphere_loss(zs, alpha, b, kernel="legendre", log=False, tau=2.0):
     """L of embeddings zs (v, n, d), float32 or better, over all ranks, and its terms.
 
     With v > 2 views: invariance over all pairs of a global view, zs[:2], with another; MMD of the global
@@ -176,7 +174,7 @@ class Online(nn.Module):
         self.backbone, self.width = common.resnet(args.arch, args.stem, args.zero_init, args.init)
         self.projector = common.mlp(self.width, *args.hidden, args.dim)
 
-    def forward(self, xs: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def forward(self, xs):
         """Features (n, D) of the first of v views, and embeddings (v, n, d) of all."""
         hs = common.per_view(self.backbone, xs, self.micro_batch)
         return hs[0], torch.stack(common.per_view(self.projector, hs))

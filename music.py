@@ -23,18 +23,18 @@ ranks; probabilities are clamped at 1e-30, in logarithms only, not at 1e-8.
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 import common
 
 # ----------------------------------------------------------------------------------------- the loss
 
 
-def safe_log(p: Tensor) -> Tensor:
+def safe_log(p):
     return p.clamp(min=1e-30).log()
 
 
-def music_loss(z1, z2, segment_size, weights=(1, 1, 1), temperature=1) -> tuple[Tensor, dict[str, Tensor]]:
+def music_loss(z1, z2, segment_size, weights=(1, 1, 1), temperature=1):
     """L of embeddings z1, z2 (n, d), d = S s, in float32 or float64, over all ranks; and its terms, detached.
 
     The weights are those of the terms within segments, between segments and invariance.
@@ -66,7 +66,7 @@ def music_loss(z1, z2, segment_size, weights=(1, 1, 1), temperature=1) -> tuple[
     return loss, {name: term.detach() for name, term in terms.items()}
 
 
-def between_segments(p: Tensor, s: int) -> tuple[Tensor, Tensor]:
+def between_segments(p, s):
     """The second term of L, of p (2, n, d) over all ranks, and its gradient with respect to p.
 
     With P = p1^T p2 / N and G = log P + 1, both without the blocks a = b, the gradient of sum P log P is
@@ -156,7 +156,7 @@ class Online(nn.Module):
         self.backbone, self.width = common.resnet(args.arch, args.stem, args.zero_init, args.init)
         self.projector = common.mlp(self.width, *args.hidden, args.dim)
 
-    def forward(self, xs: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def forward(self, xs):
         """Features (n, D) of the first of v views, and embeddings (v, n, d) of all."""
         hs = common.per_view(self.backbone, xs, self.micro_batch)
         return hs[0], torch.stack(common.per_view(self.projector, hs))
