@@ -1,8 +1,13 @@
 """The published recipes, number by number, as the official code has them, and what each optimiser does."""
 
+import math
+
 import pytest
 import torch
-from conftest import ROOT  # noqa: F401
+from conftest import (
+    ROOT,  # noqa: F401
+    train,
+)
 
 import common
 import corinfomax
@@ -108,3 +113,13 @@ def test_schedules_start_and_end_as_published():
     assert common.warmup_cosine(0, 10, 100) == pytest.approx(1 / 11)
     assert common.warmup_cosine(10, 10, 100) == 1
     assert common.warmup_cosine(100, 10, 100, last=1e-3) == pytest.approx(1e-3)
+
+
+def test_momenta_of_target_and_average_rise_as_published(tmp_path, monkeypatch):
+    momenta = []
+    monkeypatch.setattr(common, "ema_update", lambda average, net, momentum: momenta.append(momentum))
+    flags = ["--target", "--ema", "0.3", "--subset", "8", "--size", "12", "--knn-every", "0"]
+    assert train(*flags, "--out", tmp_path, module=hsic) == 0
+    target = [1 - 0.01 * (math.cos(math.pi * step / 10) + 1) / 2 for step in range(10)]
+    assert momenta[::3] == momenta[1::3] == pytest.approx(target)
+    assert momenta[2::3] == pytest.approx([min(0.3, (1 + step) / (10 + step)) for step in range(10)])
