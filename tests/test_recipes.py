@@ -4,10 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import (
-    ROOT,  # noqa: F401
-    train,
-)
+from conftest import train
 
 import common
 import corinfomax
