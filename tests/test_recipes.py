@@ -112,11 +112,11 @@ def test_schedules_start_and_end_as_published():
     assert common.warmup_cosine(100, 10, 100, last=1e-3) == pytest.approx(1e-3)
 
 
-def test_momenta_of_target_and_average_rise_as_published(tmp_path, monkeypatch):
+def test_momenta_of_target_and_average_rise_as_published(tmp_path, folder, monkeypatch):
     momenta = []
     monkeypatch.setattr(common, "ema_update", lambda average, net, momentum: momenta.append(momentum))
-    flags = ["--target", "--ema", "0.3", "--subset", "8", "--size", "12", "--knn-every", "0"]
-    assert train(*flags, "--out", tmp_path, module=hsic) == 0
-    target = [1 - 0.01 * (math.cos(math.pi * step / 10) + 1) / 2 for step in range(10)]
+    flags = ["--target", "--ema", "0.3", "--data", folder, "--out", tmp_path]
+    assert train(*flags, module=hsic) == 0
+    target = [1 - 0.01 * (math.cos(math.pi * step / 6) + 1) / 2 for step in range(6)]
     assert momenta[::3] == momenta[1::3] == pytest.approx(target)
-    assert momenta[2::3] == pytest.approx([min(0.3, (1 + step) / (10 + step)) for step in range(10)])
+    assert momenta[2::3] == pytest.approx([min(0.3, (1 + step) / (10 + step)) for step in range(6)])
