@@ -82,13 +82,13 @@ def between_segments(p, s):
     grad = torch.zeros(2, N, d, dtype=p.dtype, device=p.device)
     my_segments = torch.arange(S).tensor_split(W)[common.rank()].tolist()
     at_once = max(1, 1024 // s)  # about 1024 rows of P
-    for first in my_segments[::at_once]:
+    for first in my_segments[::at_once]:  # k segments of view 1, against all of view 2
         k = min(at_once, my_segments[-1] + 1 - first)
         rows = slice(first * s, (first + k) * s)
         P = (p1[:, rows] / N).mT @ p2
         G = safe_log(P)
-        same = G.view(k, s, S, s)[:, :, first : first + k].diagonal(dim1=0, dim2=2)  # the blocks a = b
-        same.zero_()
+        same = G.view(k, s, S, s)[:, :, first : first + k].diagonal(dim1=0, dim2=2)
+        same.zero_()  # the blocks a = b count neither in the value nor in the gradient
         value += (P * G).sum()
         G += 1
         same.zero_()
