@@ -51,7 +51,7 @@ def sample_features(d, f, kernel, seed, step, device="cpu", draw=0):
     omega = normal[:d]
     if kernel == "imq":
         omega = omega * normal[d]
-    return omega.float(), (2 * math.pi * u[-1]).float()
+    return omega.float(), (math.tau * u[-1]).float()
 
 
 def random_features(z, omega, phase, c=1.0):
@@ -86,7 +86,8 @@ def hsic_loss(zs, c=1.0, gamma=3.0, kernel="imq", f=512, seed=0, step=0, draws=1
     """
     zs = F.normalize(zs, dim=2)
     M, n, d = zs.shape
-    everyone = common.all_gather(zs.transpose(0, 1)).transpose(0, 1)  # (M, N, d)
+    everyone = common.all_gather(zs.transpose(0, 1))
+    everyone = everyone.transpose(0, 1)  # (M, N, d)
     if f == 0 or kernel == "linear":
         return exact_loss(zs, everyone, c, gamma, kernel)
 
@@ -186,13 +187,13 @@ class KernelScale(nn.Module):
                     nearness = 1 / (r2 + c2).clamp(min=1e-12)
                     c2 = 1 / (3 * nearness.mean())
             self.c.data.copy_(c2.clamp(min=1e-8).sqrt())
-            return self.c.detach().clone()
-        if self.kernel == "imq":
-            sensitivity = self.c.log() - 1.5 * (self.c**2 + r2).log().mean()
         else:
-            sensitivity = -2 * self.c.log() - r2.mean() / (2 * self.c**2)
-        (gradient,) = torch.autograd.grad(-sensitivity, self.c)
-        self.c.grad = gradient
+            if self.kernel == "imq":
+                sensitivity = self.c.log() - 1.5 * (self.c**2 + r2).log().mean()
+            else:
+                sensitivity = -2 * self.c.log() - r2.mean() / (2 * self.c**2)
+            (gradient,) = torch.autograd.grad(-sensitivity, self.c)
+            self.c.grad = gradient
         return self.c.detach().clone()
 
     def squared_distances(self, zs, seed, step):
@@ -299,11 +300,11 @@ def main(args):
 
         with common.autocast(args, device):
             h, zs = model(xs)
-        zs = zs.float()
         if args.target:  # M = 4: predictions of both views, and the target's projections of both
             with torch.no_grad(), common.autocast(args, device):
                 fixed = torch.stack([target(x) for x in xs[:2]])
-            zs = torch.cat([zs, fixed.float()])
+            zs = torch.cat([zs, fixed])
+        zs = zs.float()
         c = scale(zs, args.seed, step)
         loss, terms = hsic_loss(zs, c, args.gamma, args.kernel, args.features, args.seed, step, args.draws)
         optimizer.zero_grad()
