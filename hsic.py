@@ -62,7 +62,7 @@ def random_features(z, omega, phase, c=1.0):
 
 
 def hsic_zy(phi):
-    """HSIC(Z, Y) of features phi (M, N, f) of M views; pairs p = l kept, as officially."""
+    """HSIC(Z, Y) of features phi (M, N, f) of M views; pairs of a view with itself kept, as officially."""
     M, N, _ = phi.shape
     same = phi.sum(0).square().sum() / (N * M * (M - 1))
     return same - phi.mean((0, 1)).square().sum()
@@ -81,7 +81,7 @@ def hsic_zz(phi, psi):
 def hsic_loss(zs, c=1.0, gamma=3.0, kernel="imq", f=512, seed=0, step=0, draws=1):
     """L of embeddings zs (M, n, d), M >= 2, float32 or better, over all ranks, and its terms; c is fixed.
 
-    f: random features a draw, or 0 for the kernel itself; the linear one needs none. The loss is the mean of
+    f: features of phi and of psi a draw, or 0 for the kernel itself; the linear one needs none. The loss is the mean of
     the draws, of which a rank computes every W-th, for the rows of all ranks.
     """
     zs = F.normalize(zs, dim=2)
@@ -110,7 +110,7 @@ def hsic_loss(zs, c=1.0, gamma=3.0, kernel="imq", f=512, seed=0, step=0, draws=1
         dist.all_reduce(grad)
         dist.all_reduce(sums)
     loss, zy, root, itself = sums
-    grad = common.world() * grad[:, own : own + n]
+    grad = common.world() * grad[:, own : own + n]  # DDP divides by W
     loss = common.with_gradient(loss, zs, grad)
     return loss, dict(hsic_zy=zy, sqrt_hsic_zz=root, dependence=zy - itself)
 
@@ -145,7 +145,7 @@ def exact_loss(zs, everyone, c, gamma, kernel):
     same, every, square = common.all_reduce(sums)
     zy = same / (NM * (M - 1)) - every / NM**2
     zz = square / NM**2
-    zy = 2 * zy - zy.detach()
+    zy = 2 * zy - zy.detach()  # the same value, twice the gradient
     zz = 2 * zz - zz.detach()
     root = (zz + 1e-14).sqrt()
     loss = gamma * root - zy
