@@ -81,8 +81,8 @@ def hsic_zz(phi, psi):
 def hsic_loss(zs, c=1.0, gamma=3.0, kernel="imq", f=512, seed=0, step=0, draws=1):
     """L of embeddings zs (M, n, d), M >= 2, float32 or better, over all ranks, and its terms; c is fixed.
 
-    f: features of phi and of psi a draw, or 0 for the kernel itself; the linear one needs none. The loss is the mean of
-    the draws, of which a rank computes every W-th, for the rows of all ranks.
+    f: features of phi and of psi a draw, or 0 for the kernel itself; the linear one needs none. The loss is
+    the mean of the draws, of which a rank computes every W-th, for the rows of all ranks.
     """
     zs = F.normalize(zs, dim=2)
     M, n, d = zs.shape
