@@ -193,9 +193,8 @@ def main(args):
     criterion = CorInfoMax(args.dim, args.forget, args.forget, args.eps, objective=args.objective).to(device)
     optimizer = common.make_optimizer(online, args)
     probe = common.Probe(online.width, train, device)
-    state = dict(
-        data=train, online=online, criterion=criterion, optimizer=optimizer, probe=probe
-    )  # what is saved
+    state = dict(data=train, online=online, optimizer=optimizer, probe=probe)  # what is saved
+    state.update(criterion=criterion)
     start = common.resume(args, state)
     log = common.Log(args, start, total)
     signals = common.Signals(args)

@@ -97,7 +97,8 @@ def between_segments(p, s):
     if W > 1:
         dist.all_reduce(value)
         dist.all_reduce(grad)
-    grad = grad[:, common.rank() * n :][:, :n]
+    own = common.rank() * n
+    grad = grad[:, own : own + n]
     scale = 1 / (S * (S - 1))
     return value * scale, grad * (scale / n)  # 1 / n is W / N
 
