@@ -383,7 +383,8 @@ def read_image(path):
         with Image.open(path) as picture:  # reads the header, and refuses a decompression bomb
             if picture.mode.startswith("I;16"):  # 16 bits, which convert would clip
                 return (pil_to_tensor(picture).int() >> 8).byte().expand(3, -1, -1)
-            return pil_to_tensor(picture.convert("RGB"))
+            rgb = picture if picture.mode == "RGB" else picture.convert("RGB")
+            return torch.from_numpy(numpy.array(rgb)).permute(2, 0, 1)
     except Exception:  # damage has many names
         return None
 
@@ -492,13 +493,20 @@ class Crops(torch.utils.data.Dataset):
         self.seed = seed
 
     def __getitem__(self, place):
+        return self.__getitems__([place])[0]
+
+    def __getitems__(self, places):
+        """(crops, label, whether it can be read) of each place (epoch, image) of a batch."""
+        epochs, index = torch.tensor(places).unbind(1)
+        draws = draw(self.seed, epochs[:, None], index, len(self.views)).tolist()
+        return [self.cut(i, u) for i, u in zip(index.tolist(), draws, strict=True)]
+
+    def cut(self, i, u):
         """Crops and label of image i, or where it cannot be read (False) those of the next one that can."""
-        epoch, i = place
         for row in itertools.chain(range(i, len(self.images)), range(i)):
             image = self.images.read(row)
             if image is not None:
                 break
-        u = draw(self.seed, epoch, torch.tensor([i]), len(self.views))[0].tolist()
         crops = []
         for v, view in enumerate(self.views):
             if view.area:
