@@ -1,4 +1,4 @@
-"""Draw the README's figures, with matplotlib: python tests/figures.py RUNS
+"""Draw the README's figures, with matplotlib: python .github/figures.py RUNS
 
 RUNS holds cifar10/METHOD, a run of each method and of the README's fork (sigreg), patterns/METHOD, its demo,
 and patterns/METHOD-alone, the same without what spreads embeddings. The commands are in RESULTS.md.
@@ -19,7 +19,7 @@ from torchvision.transforms.functional import to_pil_image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 
-FIGURES = Path(common.__file__).parent / ".github" / "figures"
+FIGURES = Path(__file__).parent / "figures"
 
 COLOURS = {
     "hsic": ("SSL-HSIC", "#3b82f6"),
