@@ -160,8 +160,9 @@ def tensors(content, prefix=""):
 
 def find_resnet(args, weights):
     """The weights of a whole ResNet, with torchvision's names; of several, the published choice."""
-    matches = [re.fullmatch(r"(|.*\.)(layer1|4)\.0\.conv1\.weight", name) for name in weights]
-    prefixes = sorted({match[1] for match in matches if match}, key=preference)
+    names = "\n".join(weights)
+    prefixes = re.findall(r"^(|.*\.)(?:layer1|4)\.0\.conv1\.weight$", names, re.MULTILINE)
+    prefixes.sort(key=preference)
     for prefix in prefixes:
         candidate = below(weights, prefix)
         args.stem = "cifar" if candidate["conv1.weight"].shape[-1] == 3 else "imagenet"
@@ -172,7 +173,7 @@ def find_resnet(args, weights):
                 args.arch = arch
                 args.weights += f" (its '{prefix}', one of {len(prefixes)})"
                 return candidate
-    fail(f"--backbone {args.backbone} holds no whole ResNet of torchvision: {', '.join(list(weights)[:3])}")
+    fail(f"--backbone {args.backbone} holds no whole ResNet of torchvision: {names[:60]!r}")
 
 
 def preference(prefix):
@@ -219,7 +220,7 @@ def open_labelled(args, device):
         _, train, test = common.open_data(args, device)
     if test is None:
         fail(f"--data {args.data} has no test images: give a folder with train/ and val/ of class folders")
-    train = train.take((train.labels >= 0).nonzero()[:, 0])
+    train = train.take(train.labelled())
     if args.labels:
         train = train.take(labelled_rows(train, args))
     return train, test
@@ -358,12 +359,12 @@ def write_sheet(path, data, neighbours):
     bank = common.Crops(data.train, [view], 0)
     tiles = []
     for query in common.evenly(torch.arange(len(neighbours)), 12).tolist():
-        line = [tests[0, query]]
-        line += [bank[0, row] for row in neighbours[query, :9].tolist()]
-        for (picture,), label, _ in line:
-            right = label == line[0][1]
-            tiles.append(picture.cpu() // (1 if right else 4))
-    sheet = torchvision.utils.make_grid(tiles, nrow=len(line), padding=2, pad_value=255)
+        (picture,), label, _ = tests[0, query]
+        tiles.append(picture)
+        for row in neighbours[query, :9].tolist():
+            (picture,), other, _ = bank[0, row]
+            tiles.append(picture if other == label else picture // 4)
+    sheet = torchvision.utils.make_grid(tiles, nrow=1 + min(9, neighbours.shape[1]), pad_value=255).cpu()
     common.write(path, lambda file: to_pil_image(sheet).save(file, "PNG"))
 
 
@@ -375,9 +376,7 @@ class Heads(nn.Module):
 
     def __init__(self, points, classes, width):
         super().__init__()
-        rates = torch.tensor(points)[:, :, None]
-        self.register_buffer("lr", rates[:, 0], persistent=False)  # (G, 1)
-        self.register_buffer("wd", rates[:, 1], persistent=False)
+        self.register_buffer("points", torch.tensor(points), persistent=False)  # (G, 2)
         self.weight = nn.Parameter(torch.zeros(classes, len(points), width + 1))
 
     def forward(self, h):
@@ -389,8 +388,9 @@ class Heads(nn.Module):
     @torch.no_grad()
     def scale_gradient(self):
         """Add weight decay, and multiply by the rates: SGD of rate 1 then trains each head at its own."""
-        self.weight.grad[:, :, :-1].addcmul_(self.wd, self.weight[:, :, :-1])
-        self.weight.grad.mul_(self.lr)
+        lr, wd = self.points.unsqueeze(2).unbind(1)
+        self.weight.grad[:, :, :-1].addcmul_(wd, self.weight[:, :, :-1])
+        self.weight.grad.mul_(lr)
 
 
 def train(args, net, data, device):
