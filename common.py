@@ -40,7 +40,7 @@ import torchvision
 from PIL import Image
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from torchvision.transforms.functional import InterpolationMode, center_crop, pil_to_tensor, resize
+from torchvision.transforms.functional import InterpolationMode, center_crop, resize
 from tqdm import tqdm
 
 # ---------------------------------------------------------------------------------------------- arguments
@@ -382,7 +382,7 @@ def read_image(path):
     try:
         with Image.open(path) as picture:  # reads the header, and refuses a decompression bomb
             if picture.mode.startswith("I;16"):  # 16 bits, which convert would clip
-                return (pil_to_tensor(picture).int() >> 8).byte().expand(3, -1, -1)
+                return torch.from_numpy((numpy.array(picture) >> 8).astype("uint8")).expand(3, -1, -1)
             rgb = picture if picture.mode == "RGB" else picture.convert("RGB")
             return torch.from_numpy(numpy.array(rgb)).permute(2, 0, 1)
     except Exception:  # damage has many names
@@ -441,12 +441,14 @@ def to_memory(images, device):
     """Small images of one size, if all can be read, decoded on the device; others stay files."""
     pixels = images.data
     if not images.in_memory:
-        first = images.read(0)
-        if first is None or max(first.shape) > MEMORY_SIDE or len(images) * first.numel() > MEMORY_BYTES:
-            return images
-        decoded = [images.read(i) for i in range(len(images))]  # with small images, threads only wait
-        if any(image is None or image.shape != first.shape for image in decoded):
-            return images
+        decoded = []
+        for i in range(len(images)):  # with small images, threads only wait
+            image = images.read(i)
+            if image is None or max(image.shape) > MEMORY_SIDE or len(images) * image.numel() > MEMORY_BYTES:
+                return images
+            decoded.append(image)
+            if image.shape != decoded[0].shape:
+                return images
         pixels = torch.stack(decoded)
     return Images(pixels.to(device), images.labels, images.classes, images.key)
 
@@ -492,9 +494,6 @@ class Crops(torch.utils.data.Dataset):
         self.views = views
         self.seed = seed
 
-    def __getitem__(self, place):
-        return self.__getitems__([place])[0]
-
     def __getitems__(self, places):
         """(crops, label, whether it can be read) of each place (epoch, image) of a batch."""
         epochs, index = torch.tensor(places).unbind(1)
@@ -503,10 +502,13 @@ class Crops(torch.utils.data.Dataset):
 
     def cut(self, i, u):
         """Crops and label of image i, or where it cannot be read (False) those of the next one that can."""
-        for row in itertools.chain(range(i, len(self.images)), range(i)):
+        for skipped in range(100):
+            row = (i + skipped) % len(self.images)
             image = self.images.read(row)
             if image is not None:
                 break
+        else:  # so many that the run stops
+            image = torch.zeros(3, 8, 8, dtype=torch.uint8)
         crops = []
         for v, view in enumerate(self.views):
             if view.area:
@@ -515,7 +517,7 @@ class Crops(torch.utils.data.Dataset):
                 crops.append(F.interpolate(box, (view.size, view.size), mode="bicubic", antialias=True)[0])
             else:
                 crops.append((centre(image[None], view)[0] * 255).round().byte())
-        return crops, self.images.labels[row], row == i
+        return crops, self.images.labels[row], skipped == 0
 
 
 def ignore_signals(_):
@@ -557,10 +559,8 @@ def view_batches(images, order, views, args, device):
                 rows = max(1, 2**18 // view.size**2)
             operations = ORDERS[int(hash64(args.seed, step, v)) % len(ORDERS)]
             source = sources[v].to(device, non_blocking=True)
-            parts = []
-            for part, u_part in zip(source.split(rows), u[:, v].split(rows), strict=True):
-                parts.append(make_view(part, u_part, view, operations, images.in_memory))
-            xs.append(torch.cat(parts))
+            parts = zip(source.split(rows), u[:, v].split(rows), strict=True)
+            xs.append(torch.cat([make_view(*part, view, operations, images.in_memory) for part in parts]))
         yield step, xs, labels.to(device, non_blocking=True)
 
 
@@ -729,7 +729,7 @@ def per_view(net, xs, micro_batch=0):
     options["context_fn"] = lambda: (contextlib.nullcontext(), frozen_statistics(net))
     hs = []
     for x in groups:
-        if micro_batch and torch.is_grad_enabled():
+        if micro_batch:
             parts = x.tensor_split(math.ceil(len(x) / micro_batch))
             hs.append(torch.cat([checkpoint(net, part, **options) for part in parts]))
         else:
@@ -760,11 +760,10 @@ def parallel(net, args, device):
         net.compile()
     if world() == 1:
         return net
-    if device.type == "cuda":
-        options = dict(device_ids=[device.index])
-    else:  # keep the buckets, so that a resumed run sums gradients in the same order, to the bit
-        options = dict(find_unused_parameters=True)
-    model = nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True, **options)
+    keep_buckets = device.type == "cpu"  # so that a resumed run sums gradients in the same order, to the bit
+    model = nn.parallel.DistributedDataParallel(
+        net, gradient_as_bucket_view=True, find_unused_parameters=keep_buckets
+    )
     model.broadcast_buffers = False  # they are the same on all ranks; the argument of that name goes
     return model
 
@@ -937,7 +936,7 @@ def nearest(h, bank, k):
     """Cosine similarities and rows, (m, k) each, best first, of the k nearest of bank (n, D) to h (m, D)."""
     bank = F.normalize(bank, dim=1).mT
     found = [(F.normalize(part, dim=1) @ bank).topk(k) for part in h.split(512)]
-    return torch.cat([part.values for part in found]), torch.cat([part.indices for part in found])
+    return [torch.cat(parts) for parts in zip(*found, strict=True)]
 
 
 def knn_votes(similarity, labels, classes, temperature=0.07):
@@ -1008,8 +1007,8 @@ def evenly(rows, most):
 
 def evaluation_due(step, steps_per_epoch, args):
     """Before the first step, and at the start of every --knn-every-th epoch."""
-    epoch, position = divmod(step, steps_per_epoch)
-    return step == 0 or (position == 0 and args.knn_every > 0 and epoch % args.knn_every == 0)
+    every = args.knn_every * steps_per_epoch
+    return step == 0 or (every > 0 and step % every == 0)
 
 
 @torch.no_grad()
@@ -1137,11 +1136,12 @@ def resume(args, state):
     return step
 
 
-def check_finite(step, values):
+def check_finite(step, values, prefix=""):
     """Refuse tensors that are not finite, by name; values are nested dicts of them."""
-    for name, value in values.items():
+    for key, value in values.items():
+        name = f"{prefix}{key}"
         if isinstance(value, dict):
-            check_finite(step, value)
+            check_finite(step, value, f"{name}.")
         elif torch.is_tensor(value) and value.is_floating_point() and not value.isfinite().all():
             fail(f"step {step}: {name} is not finite; the last checkpoint is kept")
 
@@ -1342,9 +1342,7 @@ def launch(main, get_args):
         runs = sweep_points(job.sweep, argv, get_args)
         if job.submit:
             return submit(job, runs)
-        for flags in runs:
-            subprocess.run([sys.executable, sys.argv[0], *flags])
-        return
+        return run_in_turn(runs)
     try:
         main(get_args(argv))
     except torch.OutOfMemoryError as error:
@@ -1353,6 +1351,16 @@ def launch(main, get_args):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for worker in multiprocessing.active_children():
             worker.kill()
+
+
+def run_in_turn(runs):
+    """Run each point of a sweep in its own process. Ctrl-C is for the run, which saves, and ends all."""
+    if world() > 1:
+        fail(f"--sweep on {world()} ranks of torchrun: give --submit local with --gpus or --tasks")
+    signal.signal(signal.SIGINT, lambda *_: None)
+    for flags in runs:
+        if subprocess.run([sys.executable, sys.argv[0], *flags]).returncode == 130:
+            raise SystemExit(130)
 
 
 def sweep_points(sweep, argv, get_args):
@@ -1383,7 +1391,7 @@ class Job(submitit.helpers.Checkpointable):
     def __init__(self, script, runs):
         self.script = script
         self.runs = runs
-        self.gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        self.gpus = os.environ.get("CUDA_VISIBLE_DEVICES")
 
     def __call__(self):
         job = submitit.JobEnvironment()
@@ -1391,11 +1399,12 @@ class Job(submitit.helpers.Checkpointable):
         ranks = submitit.helpers.TorchDistributedEnvironment()
         if job.cluster == "local":  # submitit shows it the first GPUs, whatever the caller had
             ranks.master_addr = "127.0.0.1"
-            os.environ["CUDA_VISIBLE_DEVICES"] = self.gpus
-            if not self.gpus:
-                del os.environ["CUDA_VISIBLE_DEVICES"]
+            del os.environ["CUDA_VISIBLE_DEVICES"]
+            if self.gpus is not None:
+                os.environ["CUDA_VISIBLE_DEVICES"] = self.gpus
         sys.path.insert(0, os.path.dirname(self.script))
-        ranks.master_port += 100 * int(os.environ.get("SLURM_RESTART_COUNT", 0))
+        restarts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
+        ranks.master_port = 20000 + (ranks.master_port + 100 * restarts) % 40000
         for flags in self.runs:
             ranks.master_port += 1  # the store of the run or of the life before may still be there
             ranks.export(set_cuda_visible_devices=False, overwrite=True)
@@ -1403,8 +1412,22 @@ class Job(submitit.helpers.Checkpointable):
             try:
                 runpy.run_path(self.script, run_name="__main__")
             except SystemExit as end:
-                if end.code and len(self.runs) == 1:
-                    raise
+                if end.code != 2 or len(self.runs) == 1 or world() > 1:
+                    raise  # else one point of a sweep has failed, and the others are to run
+
+
+@contextlib.contextmanager
+def detached(background):
+    """What is started within, if in the background, has neither this terminal nor its pipes."""
+    streams = [os.dup(stream) for stream in range(3)]
+    if background:
+        for stream in range(3):
+            os.dup2(os.open(os.devnull, os.O_RDWR), stream)
+    try:
+        yield
+    finally:
+        for stream in range(3):
+            os.dup2(streams[stream], stream)
 
 
 def submit(job, runs):
@@ -1428,21 +1451,21 @@ def submit(job, runs):
             slurm_signal_delay_s=min(300, 6 * job.minutes),
             slurm_srun_args=["--kill-on-bad-exit=1"],
             slurm_setup=["export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK"],
-            slurm_additional_parameters={"requeue": True, **dict(item.split("=", 1) for item in job.slurm)},
+            slurm_additional_parameters={
+                "requeue": True,
+                **dict(item.partition("=")[::2] for item in job.slurm),
+            },
         )
         cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the job imports the copy of this file
         groups = [[flags] for flags in runs]
-        terminal = [os.dup(stream) for stream in range(3)]
-        if job.submit == "local":  # one job in the background: neither this terminal nor its pipes
-            groups = [runs]
-            for stream in range(3):
-                os.dup2(os.open(os.devnull, os.O_RDWR), stream)
-        with executor.batch():
+        if job.submit == "local":
+            groups = [runs]  # one job
+        with detached(job.submit == "local"), executor.batch():
             jobs = [executor.submit(Job(script, group)) for group in groups]
-        for stream in range(3):
-            os.dup2(terminal[stream], stream)
-    except (OSError, submitit.core.utils.FailedJobError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            os.removedirs(folder.parent)  # where they are empty
         fail(f"--submit {job.submit}: {str(error).strip().splitlines()[-1]}")
     for submitted, group in zip(jobs, groups, strict=True):
         for flags in group:

@@ -137,11 +137,11 @@ def load_backbone(args):
             weights = torchvision.models.get_model(args.arch, weights="IMAGENET1K_V1").state_dict()
         elif args.backbone != "random":
             weights = find_resnet(args, tensors(common.load_checked(args.backbone)))
+        net, _ = common.resnet(args.arch, args.stem)
+        net.load_state_dict(weights, strict=False)  # counters may be missing, a classifier be too much
     except Exception as error:  # damage, no network, and pickles that would run code have many names
         reason = str(error).partition("\n")[0]
         fail(f"--backbone {args.backbone} cannot be read as weights ({type(error).__name__}: {reason})")
-    net, _ = common.resnet(args.arch, args.stem)
-    net.load_state_dict(weights, strict=False)  # counters may be missing, a classifier be too much
     content = b"".join(tensor.numpy().tobytes() for tensor in net.state_dict().values())
     args.backbone_hash = hashlib.sha256(content).hexdigest()[:16]
     return net
@@ -217,7 +217,8 @@ def open_labelled(args, device):
     if name in FILE_SETS:
         train, test = common.from_rank_0(lambda: open_files(name, root or "data"))
     else:
-        _, train, test = common.open_data(args, device)
+        whole = argparse.Namespace(**{**vars(args), "batch_size": 1})  # not every mode makes batches
+        _, train, test = common.open_data(whole, device)
     if test is None:
         fail(f"--data {args.data} has no test images: give a folder with train/ and val/ of class folders")
     train = train.take(train.labelled())
@@ -245,12 +246,12 @@ def open_files(name, root):
 
 def labelled_rows(images, args):
     """Rows of the images that --labels stands for: per cent of each class, or the files of a list."""
-    if args.labels.isdigit():
+    if args.labels.isdigit() and 0 < int(args.labels) <= 100:
         return stratified(images.labels, int(args.labels) / 100, args.seed, LABELLED, least=1)
     if images.in_memory or not os.path.isfile(args.labels):
         fail(f"--labels {args.labels} is neither per cent nor a file with names of image files")
     names = {os.path.basename(name) for name in Path(args.labels).read_text().split()}
-    rows = [row for row, path in enumerate(images.data) if os.path.basename(path).decode() in names]
+    rows = [row for row, path in enumerate(images.data) if os.path.basename(os.fsdecode(path)) in names]
     if len(rows) != len(names):
         fail(f"--labels {args.labels}: of its {len(names)} images {len(rows)} are in --data")
     return torch.tensor(rows)
@@ -319,10 +320,9 @@ def with_one(h):
 def accuracies(scores, y):
     """In %, of the scores (m, C) of classes for images with labels (m,)."""
     hits = (scores.topk(min(5, scores.shape[1])).indices == y[:, None]).double()
-    of_class = [hits[y == label, 0].mean() for label in y.unique()]
-    values = dict(top1=hits[:, 0].mean(), top5=hits.sum(1).mean())
-    values["mean_per_class"] = torch.stack(of_class).mean()
-    return {name: 100 * float(value) for name, value in values.items()}
+    of_class = torch.stack([hits[y == label, 0].mean() for label in y.unique()])
+    values = dict(top1=hits[:, 0], top5=hits.sum(1), mean_per_class=of_class)
+    return {name: 100 * float(value.mean()) for name, value in values.items()}
 
 
 def choose(weights, h, y):
@@ -359,10 +359,10 @@ def write_sheet(path, data, neighbours):
     bank = common.Crops(data.train, [view], 0)
     tiles = []
     for query in common.evenly(torch.arange(len(neighbours)), 12).tolist():
-        (picture,), label, _ = tests[0, query]
+        (picture,), label, _ = tests.cut(query, None)
         tiles.append(picture)
         for row in neighbours[query, :9].tolist():
-            (picture,), other, _ = bank[0, row]
+            (picture,), other, _ = bank.cut(row, None)
             tiles.append(picture if other == label else picture // 4)
     sheet = torchvision.utils.make_grid(tiles, nrow=1 + min(9, neighbours.shape[1]), pad_value=255).cpu()
     common.write(path, lambda file: to_pil_image(sheet).save(file, "PNG"))

@@ -46,18 +46,16 @@ def music_loss(z1, z2, segment_size, weights=(1, 1, 1), temperature=1):
         raise ValueError(f"the dimension {d} is not a multiple of the segment size {segment_size}")
     N = n * common.world()
     S = d // segment_size
-    p1 = torch.softmax(z1.view(n, S, segment_size) / temperature, 2)  # (n, S, s)
-    p2 = torch.softmax(z2.view(n, S, segment_size) / temperature, 2)
+    z = torch.stack([z1, z2]).view(2, n, S, segment_size)
+    p = torch.softmax(z / temperature, 3)
 
-    product = p1 * p2
-    log_agreement = safe_log(product.sum(2)).sum()
-    sums = common.all_reduce(torch.cat([product.sum(0).flatten(), log_agreement.view(1)]))
-    P_diagonal = sums[:-1] / N  # (d,): P[a,i,a,i]
+    product = p[0] * p[1]
+    P_diagonal = common.all_reduce(product.sum(0)) / N  # (S, s): P[a,i,a,i]
     within = (P_diagonal * safe_log(P_diagonal)).sum() / S
-    invariance = -sums[-1] / (N * S)
+    invariance = -common.all_reduce(safe_log(product.sum(2)).sum()) / (N * S)
     between = torch.zeros_like(within)
     if S > 1:
-        p = torch.stack([p1.flatten(1), p2.flatten(1)])  # (2, n, d)
+        p = p.flatten(2)  # (2, n, d)
         value, grad = between_segments(p.detach(), segment_size)
         between = common.with_gradient(value, p, grad)
 
@@ -97,8 +95,7 @@ def between_segments(p, s):
     if W > 1:
         dist.all_reduce(value)
         dist.all_reduce(grad)
-    own = common.rank() * n
-    grad = grad[:, own : own + n]
+    grad = grad.chunk(W, 1)[common.rank()]
     scale = 1 / (S * (S - 1))
     return value * scale, grad * (scale / n)  # 1 / n is W / N
 

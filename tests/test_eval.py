@@ -181,7 +181,7 @@ def test_an_interrupted_evaluation_ends_bit_for_bit_as_one_that_was_not(mode, tm
         assert (tmp_path / out / "results.jsonl").exists() == (len(calls) > 2)
     assert same(state_of(tmp_path / "out" / mode), state_of(tmp_path / "whole" / mode))
     assert results(tmp_path / "out")[mode]["results"] == results(tmp_path / "whole")[mode]["results"]
-    exported = f"--backbone {tmp_path}/out/{mode}/model.pth --mode knn"
+    exported = f"--backbone {tmp_path}/out/{mode}/model.pth --mode knn --batch-size 4096"
     assert evaluate(exported, folder, tmp_path / "again") == 0
 
 

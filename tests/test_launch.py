@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from unittest.mock import Mock
 
 import pytest
 from conftest import ROOT, TINY, read_log, same, script, state_of, train
@@ -91,17 +92,34 @@ def test_help_shows_the_flags_of_script_and_launch(monkeypatch, capsys):
     assert "--segment" in text and "--submit {slurm,local}" in text and text.count("usage:") == 1
 
 
+def test_ctrl_c_in_a_sweep_here_is_left_to_the_run_and_ends_the_sweep(tmp_path, monkeypatch):
+    def interrupted(command):
+        os.kill(os.getpid(), signal.SIGINT)
+        return Mock(returncode=130)
+
+    run = Mock(side_effect=interrupted)
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(sys, "argv", ["music.py", *RUN, "--out", str(tmp_path), *SWEEP])
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit, match="130"):
+        common.launch(music.main, music.get_args)
+    signal.signal(signal.SIGINT, before)
+    assert run.call_count == 1
+
+
 def test_local_ranks_that_are_warned_save_come_back_and_end_as_if_undisturbed(tmp_path, folder, on_ranks):
+    """In a sweep: they come back to the same point, and then go on to the next."""
     flags = [*RUN, "--data", folder, "--epochs", "2", "--out"]
-    local = ["--submit", "local", "--tasks", "2"]
-    [(number, out, log)] = submitted("music.py", *flags, tmp_path / "out", *local)
+    local = ["--submit", "local", "--tasks", "2", "--sweep", "lr=1e-3,2e-3"]
+    [(number, out, log), (_, next_out, _)] = submitted("music.py", *flags, tmp_path / "out", *local)
     wait_for(lambda: steps_of(out) >= 2, "two steps")
     children = subprocess.run(["pgrep", "-P", number], capture_output=True, text=True).stdout.split()
     for child in children:
         os.kill(int(child), signal.SIGUSR2)
     wait_for(lambda: finished(out, 6), "the end")
+    wait_for(lambda: finished(next_out, 6), "the next point")
     assert open(log).read().count("Starting with JobEnvironment") == 2
-    assert on_ranks(train, 2, *flags, tmp_path / "whole") == [0, 0]
+    assert on_ranks(train, 2, *flags, tmp_path / "whole", "--lr", "1e-3") == [0, 0]
     assert same(state_of(out), state_of(tmp_path / "whole"))
 
 

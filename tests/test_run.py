@@ -41,6 +41,7 @@ WRONG = {
     "not a backbone": ("--init {file}", "--init"),
     "a sweep over nothing": ("--sweep lr", "give flag=value,value"),
     "a sweep over one bad value": ("--sweep lr=0.1,nan", "nan"),
+    "two nodes here": ("--submit local --nodes 2", "only one node"),
 }
 
 
