@@ -760,10 +760,11 @@ def parallel(net, args, device):
         net.compile()
     if world() == 1:
         return net
-    keep_buckets = device.type == "cpu"  # so that a resumed run sums gradients in the same order, to the bit
-    model = nn.parallel.DistributedDataParallel(
-        net, gradient_as_bucket_view=True, find_unused_parameters=keep_buckets
-    )
+    if device.type == "cuda":
+        options = dict(device_ids=[device.index])
+    else:  # keep the buckets, so that a resumed run sums gradients in the same order, to the bit
+        options = dict(find_unused_parameters=True)
+    model = nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True, **options)
     model.broadcast_buffers = False  # they are the same on all ranks; the argument of that name goes
     return model
 
