@@ -6,7 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
-import traceback
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,7 @@ from torchvision.transforms.functional import to_pil_image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import music
+from common import leave_ranks
 
 ROOT = Path(music.__file__).parent
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
@@ -39,14 +40,8 @@ def train(*flags, module=music):
     except SystemExit as end:
         return end.code
     finally:
-        leave_group()
+        leave_ranks()  # as the end of a process does
     return 0
-
-
-def leave_group():
-    """As the end of a process does: the other ranks are not to wait for this one."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def read_log(out):
@@ -59,11 +54,8 @@ def state_of(out):
 
 def same(a, b):
     """Whether two nested containers of tensors and numbers are equal to the bit."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+    a, b = tree_map_only(torch.Tensor, lambda x: x.numpy().tobytes(), [a, b])
+    return a == b
 
 
 def make_folder(root, count, size=(20, 24), splits=("train", "val"), classes=("a", "b")):
@@ -80,20 +72,17 @@ def make_folder(root, count, size=(20, 24), splits=("train", "val"), classes=("a
     return root
 
 
-def serve(rank, world, pipe):
-    """A rank, which calls the functions it is sent, each in a new process group, and sends their results."""
+def on_rank(rank, world, store, function, args):
+    """In a rank's process: the result of a function in a new process group, by value."""
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
     torch.set_num_threads(1)
-    while True:
-        store, function, args = pipe.recv()
-        leave_group()
-        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-        try:
-            result = tree_map_only(torch.Tensor, torch.Tensor.detach, function(*args))
-            pipe.send((True, pickle.dumps(result)))  # by value
-        except BaseException:
-            leave_group()
-            pipe.send((False, traceback.format_exc()))
+    leave_ranks()  # of the call before
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    try:
+        return pickle.dumps(tree_map_only(torch.Tensor, torch.Tensor.detach, function(*args)))
+    except BaseException:
+        leave_ranks()  # the others are not to wait for this one
+        raise
 
 
 @pytest.fixture(scope="session")
@@ -105,23 +94,14 @@ def on_ranks(tmp_path_factory):
 
     def call(function, world, *args):
         if world not in ranks:
-            ranks[world] = []
-            for rank in range(world):
-                here, there = context.Pipe()
-                process = context.Process(target=serve, args=(rank, world, there), daemon=True)
-                process.start()
-                ranks[world].append((process, here))
+            ranks[world] = [ProcessPoolExecutor(1, context) for _ in range(world)]
         store = tmp_path_factory.mktemp("ranks") / "store"
-        for _, pipe in ranks[world]:
-            pipe.send((store, function, args))
-        answers = [pipe.recv() for _, pipe in ranks[world]]
-        for succeeded, answer in answers:
-            assert succeeded, answer
-        return [pickle.loads(answer) for _, answer in answers]
+        answers = []
+        for rank, process in enumerate(ranks[world]):
+            answers.append(process.submit(on_rank, rank, world, store, function, args))
+        return [pickle.loads(answer.result()) for answer in answers]
 
-    yield call
-    for process, _ in sum(ranks.values(), []):
-        process.kill()
+    return call
 
 
 @pytest.fixture(scope="session")
