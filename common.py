@@ -1040,7 +1040,7 @@ def check_directory(args):
     """Refuse an --out that holds another run or something else."""
     out = Path(args.out)
     try:
-        if not out.exists() or {path.name for path in out.iterdir()} <= {"submit"}:
+        if not out.exists() or {path.name for path in out.iterdir()} <= {"submit", "args.json.tmp"}:
             return
         before = json.loads((out / "args.json").read_text())
     except (OSError, ValueError) as error:
@@ -1116,9 +1116,9 @@ def resume(args, state):
         return step
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "token").write_text(TOKEN)
         settings = json.dumps(dict(vars(args), surroundings=surroundings()), indent=1)
         write(out / "args.json", lambda file: file.write(settings.encode()))
+        (out / "token").write_text(TOKEN)
         for source in (args.script, __file__):
             with contextlib.suppress(shutil.SameFileError):  # a run's own copy
                 shutil.copy(source, out)
