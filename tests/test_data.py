@@ -41,13 +41,7 @@ FOLDERS = {  # the names of files; labels and classes of training images; labels
     "class folders": ("b/x.jpg a/x.jpg a/y.jpg", "ab", [0, 0, 1], None, "no kNN"),
     "flat": ("x.jpg y.jpg", "", [-1, -1], None, "no kNN"),
     "flat val": ("train/a/x.jpg val/x.jpg", "a", [0], None, "no folders named as"),
-    "empty, hidden": (
-        "train/a/x.jpg train/e/ train/.h/x.jpg train/a/._x.jpg val/e/",
-        "a",
-        [0],
-        None,
-        "no kNN",
-    ),
+    "empty, hidden": ("train/a/x.jpg train/e/ train/.h/x.jpg train/a/._x.jpg val/e/", "a", [0], None, "no"),
 }
 
 
@@ -77,9 +71,7 @@ FORMATS = {
     "cmyk.JPEG": ("CMYK", (0, 0, 0, 102)),
     "x.gif": ("RGB", (153, 153, 153)),
     "x.webp": ("RGB", (153, 153, 153)),
-    "x.bmp": ("L", 153),
     "x.tiff": ("RGB", (153, 153, 153)),
-    "x.ppm": ("RGB", (153, 153, 153)),
     "alpha.png": ("LA", (153, 9)),
     "16 bits.png": ("I;16", 153 * 256 + 255),
     "big-endian.tif": ("I;16B", 153 * 256 + 255),
@@ -95,19 +87,12 @@ def test_all_usual_formats_are_read_and_16_bits_are_not_clipped(name, tmp_path):
     assert (image.float() - 153).abs().max() <= 1
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-def test_halves_of_images_are_noticed(kind, tmp_path):
-    path = tmp_path / "x.jpg"
-    Image.effect_noise((50, 50), 90).save(path, kind)
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    assert common.read_image(path) is None
-
-
 @pytest.mark.parametrize("size", [(20, 24), (20, 140)])
 def test_unreadable_images_are_skipped_and_named_and_above_1_percent_the_run_stops(size, tmp_path, capsys):
     make_folder(tmp_path, 64, size, ["train"])
     flags = ["--data", tmp_path, "--workers", "1"]
-    (tmp_path / "train" / "a" / "005.jpg").write_text("no image")
+    half = tmp_path / "train" / "a" / "005.jpg"
+    half.write_bytes(half.read_bytes()[: half.stat().st_size // 2])
     images, _, _ = open_data(*flags)
     steps = list(common.batches(images, args_of(*flags), CPU, 0, 16))
     assert len(steps) == 16 and capsys.readouterr().err.count("train/a/005.jpg") == 1
@@ -119,9 +104,7 @@ def test_unreadable_images_are_skipped_and_named_and_above_1_percent_the_run_sto
     assert " of 128 images of --data cannot be read, more than 1 %" in capsys.readouterr().err
 
 
-def test_small_images_of_one_size_are_in_memory_and_others_are_paths_in_one_array(
-    folder, big_folder, tmp_path
-):
+def test_small_images_of_one_size_are_in_memory_others_are_paths_in_an_array(folder, big_folder, tmp_path):
     assert common.to_memory(common.list_folder(folder), CPU).data.shape == (96, 3, 20, 24)
     mixed = make_folder(make_folder(tmp_path, 2), 1, (24, 24), ["more"])
     for root in (big_folder, mixed):
@@ -151,36 +134,31 @@ def test_a_subset_is_the_first_images_of_each_class(big_folder, tmp_path):
     assert len(flat) == 17
 
 
-@pytest.fixture
-def downloads(tmp_path, monkeypatch):
-    """CIFAR-10 and STL-10 as they are downloaded, with few images, whose bytes count up."""
-    for module in (torchvision.datasets.cifar, torchvision.datasets.stl10):
-        monkeypatch.setattr(module, "check_integrity", lambda *_: True)
-    cifar, stl = tmp_path / "cifar-10-batches-py", tmp_path / "stl10_binary"
-    cifar.mkdir()
-    stl.mkdir()
-    count = numpy.arange(17 * 3 * 96 * 96).astype(numpy.uint8)
-    batch = pickle.dumps(dict(data=count[: 4 * 3072].reshape(4, 3072), labels=[3, 1, 4, 1]))
-    for name in ["test_batch", *[f"data_batch_{i}" for i in range(1, 6)]]:
-        (cifar / name).write_bytes(batch)
-    (cifar / "batches.meta").write_bytes(pickle.dumps(dict(label_names=list("abcdefghij"))))
-    for split, n in dict(train=2, test=3, unlabeled=17).items():
-        (stl / f"{split}_X.bin").write_bytes(count[: n * 3 * 96 * 96])
-        (stl / f"{split}_y.bin").write_bytes(count[1 : n + 1])
-    (stl / "class_names.txt").write_text("a\nb\nc")
-    return tmp_path
-
-
-NAMED = {  # labels of the training images, the bank and the test images; the shape and second row of an image
+DOWNLOADED = {  # labels of training, bank and test images; the shape and, of an image, the second row
     "cifar10": ([3, 1, 4, 1] * 5, [3, 1, 4, 1] * 5, [3, 1, 4, 1], (3, 32, 32), [32, 33, 34]),
     "stl10": ([-1] * 17, [0, 1], [0, 1, 2], (3, 96, 96), [1, 97, 193]),
 }
 
 
-@pytest.mark.parametrize("name", NAMED)
-def test_data_sets_of_torchvision_are_read_by_name(name, downloads):
-    *labels, shape, row = NAMED[name]
-    parts = open_data("--data", f"{name}:{downloads}")
+@pytest.mark.parametrize("name", DOWNLOADED)
+def test_data_sets_of_torchvision_are_read_by_name(name, tmp_path, monkeypatch):
+    """From files as they are downloaded, with few images, whose bytes count up."""
+    for module in (torchvision.datasets.cifar, torchvision.datasets.stl10):
+        monkeypatch.setattr(module, "check_integrity", lambda *_: True)
+    count = numpy.arange(17 * 3 * 96 * 96).astype(numpy.uint8)
+    batch = pickle.dumps(dict(data=count[: 4 * 3072].reshape(4, 3072), labels=[3, 1, 4, 1]))
+    files = {f"cifar-10-batches-py/data_batch_{i}": batch for i in range(1, 6)}
+    files["cifar-10-batches-py/test_batch"] = batch
+    files["cifar-10-batches-py/batches.meta"] = pickle.dumps(dict(label_names=list("abcdefghij")))
+    files["stl10_binary/class_names.txt"] = b"a\nb\nc"
+    for split, n in dict(train=2, test=3, unlabeled=17).items():
+        files[f"stl10_binary/{split}_X.bin"] = count[: n * 3 * 96 * 96]
+        files[f"stl10_binary/{split}_y.bin"] = count[1 : n + 1]
+    for file, content in files.items():
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_bytes(content)
+    *labels, shape, row = DOWNLOADED[name]
+    parts = open_data("--data", f"{name}:{tmp_path}")
     assert [images.labels.tolist() for images in parts] == labels
     assert parts[0].data[0].shape == shape and parts[0].data[0, 0, 1, :3].tolist() == row
 
@@ -190,7 +168,6 @@ def test_patterns_are_the_same_in_every_run_and_their_mean_colour_does_not_tell_
     assert images.data.shape == (2000, 3, 32, 32) and images.data.dtype == torch.uint8
     assert images.labels.unique().tolist() == list(range(len(images.classes)))
     assert torch.equal(images.data, again.data) and not torch.equal(images.data[:500], test.data)
-    colours = images.data.float().mean((2, 3))
-    means = torch.stack([colours[images.labels == label].mean(0) for label in images.labels.unique()])
-    guesses = torch.cdist(test.data.float().mean((2, 3)), means).argmin(1)
-    assert (guesses == test.labels).double().mean() < 0.2
+    colours, test_colours = [part.data.float().mean((2, 3)) for part in (images, test)]
+    nearest = torch.cdist(test_colours, colours).argmin(1)
+    assert (images.labels[nearest] == test.labels).double().mean() < 0.2

@@ -40,14 +40,11 @@ def steps_of(images, start, stop, *flags):
 
 def test_uniform_is_what_it_was_in_earlier_versions_and_each_of_its_parts_counts():
     index = torch.arange(20000)
-    parts = [(3, 7, index, 5), (4, 7, index, 5), (3, 8, index, 5), (3, 7, index + 1, 5)]
+    parts = [(3, 7, index, 5), (4, 7, index, 5), (3, 8, index, 5), (3, 7, index + 1, 5), (3, 7, index, 6)]
     u = torch.stack([common.uniform(*some) for some in parts])
-    assert common.uniform(3, 7, 1, 5) == u[0, 1] == 0.0768374433883563
-    assert 0 <= u.min() and u.max() < 1
-    choices = common.draw(3, 7, index[:4000], 2).flatten(1).mT
-    for sample, error in [(u, 0.03), (choices, 0.08)]:
-        assert (torch.corrcoef(sample) - torch.eye(len(sample))).abs().max() < error
-        assert (sample.mean(1) - 0.5).abs().max() < error and (sample.var(1) * 12 - 1).abs().max() < error
+    assert u[0, 1] == 0.0768374433883563 and 0 <= u.min() and u.max() < 1
+    assert (torch.corrcoef(u) - torch.eye(5)).abs().max() < 0.03
+    assert (u.sort(1)[0] - torch.linspace(0, 1, 20000)).abs().max() < 0.02
 
 
 @pytest.mark.parametrize("size", [8, 16, 32, 60])
@@ -62,18 +59,15 @@ def test_crop_is_torchvisions_antialiased_bicubic_crop(size, images):
 
 @pytest.mark.parametrize("area", [(0.08, 1), (0.5, 1), (0.05, 0.14)])
 @pytest.mark.parametrize("sides", [(32, 32), (375, 500), (400, 20), (1, 1)])
-def test_crop_boxes_have_the_moments_of_random_resized_crop(sides, area):
+def test_crop_boxes_are_distributed_as_those_of_random_resized_crop(sides, area):
     torch.manual_seed(0)
     u = common.draw(0, 0, torch.arange(1500), 1)[:, 0].tolist()
     boxes = torch.tensor([common.crop_box(row, *sides, area) for row in u]).double()
     image = torch.empty(3, *sides)
     theirs = torch.tensor([RandomResizedCrop.get_params(image, area, (3 / 4, 4 / 3)) for _ in u]).double()
-    for a, b in [(boxes, theirs), (boxes**2, theirs**2)]:
-        assert ((a.mean(0) - b.mean(0)).abs() <= 0.15 * b.std(0) + 1e-9).all()
-    assert common.crop_box([0.5] * 40, 100, 100, (0.25, 0.25)) == (25, 25, 50, 50)
-    top, left, h, w = boxes.mT
-    assert boxes.min() >= 0 and min(h.min(), w.min()) > 0
-    assert (top + h).max() <= sides[0] and (left + w).max() <= sides[1]
+    distances = (boxes.sort(0)[0] - theirs.sort(0)[0]).abs().mean(0)
+    assert (distances <= 0.1 * theirs.std(0)).all()
+    assert boxes.min() >= 0 and (boxes[:, :2] + boxes[:, 2:] <= torch.tensor(sides)).all()
 
 
 @pytest.mark.parametrize("size, resize", [(32, 36), (64, 73), (224, 256)])
@@ -157,7 +151,6 @@ def test_local_crops_are_small_and_have_the_first_views_colours_but_no_solarisat
     first, second, *local = common.views_of(music.get_args([*TINY, *flags, "simclr", "--size", "224"]))
     assert first == second == common.SIMCLR._replace(area=(0.14, 1), size=224)
     assert local == [common.SIMCLR._replace(area=(0.05, 0.14), size=96)] * 6
-    byol = common.views_of(music.get_args([*TINY, *flags, "byol"]))[2]
-    assert (byol.blur_p, byol.solarise_p) == (0.5, 0)
     _, xs, _ = steps_of(files, 0, 1, *flags, "byol")[0]
     assert [x.shape[2] for x in xs] == [16, 16] + 6 * [12] and not torch.equal(xs[2], xs[3])
+    assert common.views_of(music.get_args([*TINY, *flags, "byol"]))[2].blur_p == 0.5
