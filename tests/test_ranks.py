@@ -6,7 +6,6 @@ from unittest.mock import patch
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import TINY, train
 
@@ -58,39 +57,21 @@ LOSSES = {  # of zs (3, n, 12)
 
 
 def outcome(name):
-    """Loss and terms, the gradient of this rank's rows as DDP averages it, and how many numbers it sends."""
+    """Loss and terms, and the gradient of this rank's rows as DDP averages it."""
     zs = torch.randn(3, 16, 12, generator=torch.Generator().manual_seed(0), dtype=torch.double)
     zs = zs.chunk(common.world(), 1)[common.rank()].clone().requires_grad_()
-    reducing = patch.object(dist, "all_reduce", wraps=dist.all_reduce)
-    gathering = patch.object(common, "all_gather", wraps=common.all_gather)
-    with reducing as reduce, gathering as gather:
-        loss, terms = LOSSES[name](zs)
-        (3 * loss).backward()  # a gradient that is computed with the loss may forget the 3
-    sent = sum(call.args[0].numel() for call in reduce.call_args_list + gather.call_args_list)
-    return [loss, *terms.values()], zs.grad / common.world(), sent
+    loss, terms = LOSSES[name](zs)
+    (3 * loss).backward()  # a gradient that is computed with the loss may forget the 3
+    return [loss, *terms.values()], zs.grad / common.world()
 
 
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("name", LOSSES)
 def test_loss_terms_state_and_gradient_are_those_of_one_process(name, world, on_ranks):
-    values, grad, _ = outcome(name)
-    all_values, grads, _ = zip(*on_ranks(outcome, world, name), strict=True)
+    values, grad = outcome(name)
+    all_values, grads = zip(*on_ranks(outcome, world, name), strict=True)
     assert_near(all_values, (values,) * world)
     assert_near(torch.cat(grads, 1), grad)
-
-
-n, d = 8, 12  # of each of two ranks
-SENT = {
-    "hsic, draws": 3 * n * d + 6 * n * d + 4,  # embeddings, and gradients of all of them
-    "music": 2 * n * d + 4 * n * d + d + 2,
-    "ldmi": 2 * (3 * d * d + 2 * d + 1),  # in two steps
-    "mmd_sphere": 2 * n * d + 5,  # each embedding once
-}
-
-
-@pytest.mark.parametrize("name", SENT)
-def test_communication_is_as_stated(name, on_ranks):
-    assert [sent for _, _, sent in on_ranks(outcome, 2, name)] == [SENT[name]] * 2
 
 
 def keep_activations(net, part, **_):
@@ -147,15 +128,3 @@ def test_steps_and_a_resume_on_other_ranks_are_those_of_one_process(name, on_ran
     (tmp_path / "two" / "checkpoint.pt").unlink()
     two = run(name, tmp_path / "two", *flags)
     assert (two - one).norm() < min(1e-4 * one.norm(), 0.02 * (one[1] - one[0]).norm())
-
-
-def features(folder):
-    """Of 47 images, which two ranks cannot share evenly."""
-    torch.manual_seed(0)
-    backbone, _ = common.resnet("resnet18")
-    images = common.list_folder(folder / "train")
-    return common.features(backbone, images, torch.arange(47), music.get_args(TINY))
-
-
-def test_features_from_uneven_shards_are_those_of_one_process(on_ranks, folder):
-    torch.testing.assert_close(on_ranks(features, 2, folder), [features(folder)] * 2)
