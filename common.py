@@ -360,7 +360,9 @@ class Images:
         return (self.labels >= 0).nonzero()[:, 0]
 
     def take(self, rows):
-        return Images(self.data[rows.numpy()], self.labels[rows], self.classes, self.key)
+        """The images of some rows, under a key of their own."""
+        key = hashlib.sha256(self.key.encode() + rows.numpy().tobytes()).hexdigest()
+        return Images(self.data[rows.numpy()], self.labels[rows], self.classes, key)
 
     def report(self, unreadable):
         """Name images that were found to be unreadable, once each; above 1 % of all, the run stops."""
@@ -384,7 +386,7 @@ def read_image(path):
         with open(path, "rb") as file:
             content = io.BytesIO(file.read())  # whole: Pillow is slower on pieces of a file
         with Image.open(content) as picture:  # reads the header, and refuses a decompression bomb
-            if picture.mode.startswith("I;16"):  # 16 bits, which convert would clip
+            if picture.mode.startswith("I"):  # 16 bits, which convert would clip
                 return torch.from_numpy((numpy.array(picture) >> 8).astype("uint8")).expand(3, -1, -1)
             rgb = picture if picture.mode == "RGB" else picture.convert("RGB")
             return torch.from_numpy(numpy.array(rgb)).permute(2, 0, 1)
@@ -420,7 +422,8 @@ def open_folder(root):
         if folder != root and len(known):
             print(f"{root / name}: {len(known)} of {len(test)} images have classes of train", file=sys.stderr)
             return train, test.take(known)
-    print(f"no kNN and no probe: {root}/val has no folders named as those in {root}/train", file=sys.stderr)
+    print(f"{folder}: training on all its {len(train)} images", file=sys.stderr)
+    print(f"no kNN and no probe: {root}/val has no folders named as those in {folder}", file=sys.stderr)
     return train, None
 
 
@@ -742,14 +745,19 @@ def per_view(net, xs, micro_batch=0):
 
 @contextlib.contextmanager
 def frozen_statistics(net):
-    """Within, BN's running statistics do not move, since these rows have moved them before."""
+    """Within, BN's running statistics do not move, since these rows have moved them before.
+
+    checkpoint leaves by an exception, as soon as it has all that it needs.
+    """
     norms = [module for module in net.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     momentum = norms[0].momentum
     for norm in norms:
         norm.momentum = 0.0
-    yield
-    for norm in norms:
-        norm.momentum = momentum
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.momentum = momentum
 
 
 def prepare(net, device):
@@ -1089,7 +1097,7 @@ def load_checked(path):
 
 
 def newest_checkpoint(out):
-    """The path of the newest whole checkpoint, None where there is none; a damaged one is removed."""
+    """The path of the newest whole checkpoint, None where there is none; a damaged one gets another name."""
     paths = [path for path in (out / "checkpoint.pt", out / "checkpoint-previous.pt") if path.exists()]
     for path in paths:
         try:
@@ -1098,8 +1106,8 @@ def newest_checkpoint(out):
         except Exception as error:  # damage has many names
             if path == paths[-1]:
                 fail(f"{path} is damaged ({error}), and there is none before it: choose another --out")
-            print(f"{path} is damaged ({error}): going on from the one before", file=sys.stderr)
-            path.unlink()
+            print(f"{path} is damaged ({error}): set aside, going on from the one before", file=sys.stderr)
+            path.rename(out / "checkpoint-damaged.pt")
     return None
 
 
@@ -1342,6 +1350,9 @@ def launch(main, get_args):
             get_args(["--help"])
         print(parser.format_help())
         return
+    for name, value in vars(job).items():
+        if not job.submit and name != "sweep" and value != parser.get_default(name):
+            fail(f"--{name} {value} is for jobs: give --submit slurm or --submit local, too")
     if job.submit or job.sweep:
         runs = sweep_points(job.sweep, argv, get_args)
         if job.submit:
@@ -1362,9 +1373,13 @@ def run_in_turn(runs):
     if world() > 1:
         fail(f"--sweep on {world()} ranks of torchrun: give --submit local with --gpus or --tasks")
     signal.signal(signal.SIGINT, lambda *_: None)
+    codes = []
     for flags in runs:
-        if subprocess.run([sys.executable, sys.argv[0], *flags]).returncode == 130:
+        codes.append(subprocess.run([sys.executable, sys.argv[0], *flags]).returncode)
+        if codes[-1] in (130, -signal.SIGINT):
             raise SystemExit(130)
+    if any(codes):
+        raise SystemExit(1)
 
 
 def sweep_points(sweep, argv, get_args):
@@ -1437,7 +1452,7 @@ def detached(background):
 def submit(job, runs):
     """Submit runs with copies of the code as it is: on SLURM as a job array, here as one job, in turn."""
     out = Path(os.path.commonpath([flags[-1] for flags in runs]))
-    folder = out / "submit" / time.strftime("%Y%m%d-%H%M%S")
+    folder = out / "submit" / f"{time.strftime('%Y%m%d-%H%M%S')}-{TOKEN}"
     try:
         folder.mkdir(parents=True)
         script = shutil.copy(sys.argv[0], folder)

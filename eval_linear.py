@@ -528,11 +528,14 @@ def lbfgs(args, net, data, device):
 # ------------------------------------------------------------------------------------------------- main
 
 MODES = dict(knn=knn, cached=train, crops=train, lbfgs=lbfgs, finetune=train)
-SGD = "SGD with momentum 0.9, {epochs} epochs of batch {batch_size}, rates x {scale:g}, {rule}"
+SGD = (
+    "SGD with momentum 0.9, {epochs} epochs of batch {batch_size}, rates x {scale:g}, "
+    "{warmup_steps} steps of warm-up, {rule}, heads averaged at {ema:g}"
+)
 PROTOCOLS = {
     "knn": "cosine kNN at temperature 0.07",
     "cached": f"linear probe on features of centres, {SGD}",
-    "crops": f"linear probe on crops of {{area:.0%}} to 100% and flips, {SGD}, heads averaged at {{ema:g}}",
+    "crops": f"linear probe on crops of {{area:.0%}} to 100% and flips, {SGD}",
     "lbfgs": "logistic regression by L-BFGS on features of centres, fitted again on all training images",
     "finetune": f"fine-tuned on crops of {{area:.0%}} to 100% and flips, {SGD}, "
     "backbone at {lr_backbone:g}, last epoch",

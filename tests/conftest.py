@@ -1,11 +1,13 @@
 """What the tests share: tiny runs in this process, in others and on ranks, and folders of images."""
 
+import contextlib
 import json
 import multiprocessing
 import os
 import pickle
 import subprocess
 import sys
+import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -20,6 +22,8 @@ import music
 from common import leave_ranks
 
 ROOT = Path(music.__file__).parent
+FORKSERVER = multiprocessing.get_context("forkserver")  # which imports torch once
+FORKSERVER.set_forkserver_preload(["torch", "torchvision", "torch.utils.tensorboard", "submitit"])
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 TINY = """--recipe demo --arch resnet18 --stem imagenet --size 16 --batch-size 16 --epochs 2 --device cpu
     --precision fp32 --hidden 32 --dim 16 --views byol --log-every 1 --knn-every 0 --warmup 0.5
@@ -50,6 +54,16 @@ def read_log(out):
 
 def state_of(out):
     return torch.load(Path(out, "checkpoint.pt"), weights_only=True)
+
+
+def wait_for(out, step, key, seconds=300):
+    """Until the last record of a run's log has `key`, at `step` or later."""
+    begun, record = time.monotonic(), {"step": -1}
+    while record["step"] < step or key not in record:
+        assert time.monotonic() - begun < seconds, f"{out} is at {record}"
+        time.sleep(0.05)
+        with contextlib.suppress(OSError, ValueError, IndexError):  # not there, or written right now
+            record = read_log(out)[-1]
 
 
 def same(a, b):
@@ -88,13 +102,11 @@ def on_rank(rank, world, store, function, args):
 @pytest.fixture(scope="session")
 def on_ranks(tmp_path_factory):
     """on_ranks(function, world, *args): the results of function(*args) on real processes, in rank order."""
-    context = multiprocessing.get_context("forkserver")  # which imports torch once
-    context.set_forkserver_preload(["torch", "torchvision", "torch.utils.tensorboard", "submitit"])
     ranks = {}
 
     def call(function, world, *args):
         if world not in ranks:
-            ranks[world] = [ProcessPoolExecutor(1, context) for _ in range(world)]
+            ranks[world] = [ProcessPoolExecutor(1, FORKSERVER) for _ in range(world)]
         store = tmp_path_factory.mktemp("ranks") / "store"
         answers = []
         for rank, process in enumerate(ranks[world]):

@@ -75,6 +75,7 @@ FORMATS = {
     "alpha.png": ("LA", (153, 9)),
     "16 bits.png": ("I;16", 153 * 256 + 255),
     "big-endian.tif": ("I;16B", 153 * 256 + 255),
+    "in 32 bits.tif": ("I", 153 * 256 + 255),
 }
 
 
@@ -130,6 +131,7 @@ def test_a_subset_is_the_first_images_of_each_class(big_folder, tmp_path):
     images, _, test = open_data("--data", big_folder, "--subset", "9")
     names = [os.fsdecode(path)[-9:] for path in images.data]
     assert names == [f"{label}/{i:03}.jpg" for label in "ab" for i in range(9)] and len(test) == 40
+    assert images.take(torch.arange(2)).key != images.take(torch.arange(1, 3)).key
     flat, _, _ = open_data("--data", big_folder / "train" / "a", "--subset", "17")
     assert len(flat) == 17
 

@@ -28,6 +28,10 @@ def corinfomax_loss(zs, objective="corinfomax"):
     return new_corinfomax(zs.shape[2], 0.01, 1e-8, objective)(*F.normalize(zs, dim=2), 10.0)[0]
 
 
+def sphere_loss(z1, z2, *settings):
+    return mmd_sphere.mmd_sphere_loss(torch.stack([z1, z2]), *settings)
+
+
 LOSSES = {  # of zs (2, n, d), d a multiple of 4
     "hsic": lambda zs: hsic.hsic_loss(zs, f=0)[0],
     "hsic, gaussian": lambda zs: hsic.hsic_loss(zs, kernel="gaussian", f=0)[0],
@@ -36,32 +40,25 @@ LOSSES = {  # of zs (2, n, d), d a multiple of 4
     "corinfomax": corinfomax_loss,
     "ldmi": lambda zs: corinfomax_loss(zs, "ldmi"),
     "music": lambda zs: music.music_loss(*zs, 4)[0],
-    "mmd_sphere": lambda zs: mmd_sphere.mmd_sphere_loss(zs, 10.0, [1, 40, 40])[0],
-    "uniformity": lambda zs: mmd_sphere.mmd_sphere_loss(zs, 10.0, [], "rbf", True)[0],
+    "mmd_sphere": lambda zs: sphere_loss(*zs, 10.0, [1, 40, 40])[0],
+    "uniformity": lambda zs: sphere_loss(*zs, 10.0, [], "rbf", True)[0],
 }
 every_loss = pytest.mark.parametrize("name", LOSSES)
 
 # fmt: off
 # seed; views, images, features; HSIC(Z, Y), HSIC(Z, Z)
 OFFICIAL_HSIC = [
-    (200, (2, 8, 16), [13.127539222241557, 14.932149040622877]),
     (201, (4, 32, 64), [21.76239961344157, 32.088952574044]),
     (202, (2, 100, 33), [32.23390178913987, 5.4536352691832235]),
 ]
-# seed; n, d, scale; segment size; loss, diagonal, off-diagonal, invariance, of two gradients the sums of |.|
-OFFICIAL_MUSIC = [
-    (100, (16, 32, 1.0), 8, [-3.0948400145248245, -0.6963841399057462, -4.070074718129043,
-        1.6716188433099655, 0.7404474983595547, 0.7322390534674754]),
-    (101, (64, 60, 3.0), 10, [-4.1618457775506394, -1.1378465670159994, -4.395996517638142,
+# loss and settings; seed; n, d, scale; loss, MUSIC's terms, of each view's gradient the sum of |.|
+OFFICIAL = [
+    (music.music_loss, (10,), 101, (64, 60, 3.0), [-4.1618457775506394, -1.1378465670159994, -4.395996517638142,
         1.371997307103502, 0.9265959772204209, 0.9849830741350676]),
-    (102, (33, 10, 0.5), 5, [-2.3992469531367178, -0.6921039966062101, -3.214258651009189,
+    (music.music_loss, (5,), 102, (33, 10, 0.5), [-2.3992469531367178, -0.6921039966062101, -3.214258651009189,
         1.5071156944786814, 0.4511482985036587, 0.41975118145402474]),
-]
-# seed; n, d; b; alpha; loss, of two gradients the sums of |.|
-OFFICIAL_SPHERE = [
-    (110, (16, 8), [1, 40, 40], 4000, [272.93648234274724, 613.5235661324239, 585.5920366491057]),
-    (111, (64, 128), [1, 40, 40], 40000, [181.38678185164466, 351.9237706249223, 348.7760968059822]),
-    (113, (40, 16), [0, 1, 0], 10, [0.4366033212496496, 0.8089465970358594, 0.7339083651335803]),
+    (sphere_loss, (4000, [1, 40, 40]), 110, (16, 8), [272.93648234274724, 613.5235661324239, 585.5920366491057]),
+    (sphere_loss, (10, [0, 1, 0]), 113, (40, 16), [0.4366033212496496, 0.8089465970358594, 0.7339083651335803]),
 ]
 # seed; n, d; forget, eps; alpha; at each of three steps: loss, invariance, big bang, sums of |gradient|
 OFFICIAL_CORINFOMAX = [
@@ -102,7 +99,7 @@ def official_views(seed, n, d, scale=1.0):
 def assert_official(loss, terms, zs, official, tolerance):
     """The loss, its terms, and the sum of |.| of each view's gradient."""
     sums = gradient(loss, zs).abs().sum((1, 2))
-    assert_near(torch.stack([loss, *terms, *sums]), official, tolerance)
+    assert_near(torch.stack([loss, *terms.values(), *sums]), official, tolerance)
 
 
 @pytest.mark.parametrize("seed, shape, official", OFFICIAL_HSIC)
@@ -113,17 +110,11 @@ def test_hsic_has_the_official_values_and_is_its_gram_matrix_form(seed, shape, o
     assert_near(gram_forms(*(rows @ rows.mT), shape[0]), official, 1e-12)
 
 
-@pytest.mark.parametrize("seed, shape, s, official", OFFICIAL_MUSIC)
-def test_music_has_the_official_values(seed, shape, s, official):
+@pytest.mark.parametrize("loss, settings, seed, shape, official", OFFICIAL)
+def test_music_and_mmd_sphere_have_the_official_values(loss, settings, seed, shape, official):
     zs = official_views(seed, *shape)
-    loss, terms = music.music_loss(*zs, s)
-    assert_official(loss, [terms["within"], terms["between"], terms["invariance"]], zs, official, 1e-6)
-
-
-@pytest.mark.parametrize("seed, shape, b, alpha, official", OFFICIAL_SPHERE)
-def test_mmd_sphere_has_the_official_values(seed, shape, b, alpha, official):
-    zs = official_views(seed, *shape)
-    assert_official(mmd_sphere.mmd_sphere_loss(zs, alpha, b)[0], [], zs, official, 1e-9)
+    value, terms = loss(*zs, *settings)
+    assert_official(value, terms if loss is music.music_loss else {}, zs, official, 1e-6)
 
 
 @pytest.mark.parametrize("seed, shape, options, alpha, official", OFFICIAL_CORINFOMAX)
@@ -132,7 +123,7 @@ def test_corinfomax_has_the_official_values_over_three_steps(seed, shape, option
     for step in range(3):
         zs = F.normalize(official_views(seed + step, *shape), dim=2)
         loss, terms = criterion(*zs, alpha)
-        assert_official(loss, [terms["invariance"], terms["big_bang"]], zs, official[step], 1e-8)
+        assert_official(loss, terms, zs, official[step], 1e-8)
 
 
 def gram_forms(K, L, views):
@@ -165,7 +156,6 @@ def test_music_is_its_definition_with_all_of_P_in_memory(s):
     S = 24 // s
     p1, p2 = torch.softmax(zs.view(2, 7, S, s) / 0.5, 3)
     P = torch.einsum("nai,nbj->abij", p1, p2) / 7
-    assert_near(P.sum((2, 3)), torch.ones(S, S))
     negentropy = P * P.log()
     within = torch.einsum("aaii->", negentropy) / S
     between = (negentropy.sum() - torch.einsum("aaij->", negentropy)) / max(1, S * (S - 1))
@@ -285,14 +275,13 @@ def test_features_are_a_function_of_seed_step_and_draw_and_over_steps_give_the_l
     assert_near(sum(losses) / 400, hsic.hsic_loss(zs, 0.7, f=0)[0], 0.01)
 
 
-def test_gradient_of_128_draws_is_that_of_the_kernel_and_of_one_draw_is_not():
+def test_gradient_of_128_draws_is_near_that_of_the_kernel_and_of_one_draw_is_not():
     zs = (normal(256, 256) + 0.5 * normal(4, 256, 256, seed=1)).float().requires_grad_()
-    exact = gradient(hsic.hsic_loss(zs, 0.8, f=0)[0], zs).flatten()
-    one = gradient(hsic.hsic_loss(zs, 0.8)[0], zs).flatten()
-    many = gradient(hsic.hsic_loss(zs, 0.8, draws=128)[0], zs).flatten()
-    assert F.cosine_similarity(one, exact, dim=0) < 0.5
-    assert F.cosine_similarity(many, exact, dim=0) > 0.975
-    assert_near(many.norm() / exact.norm(), 1, 0.04)
+    exact, one, many = [
+        gradient(hsic.hsic_loss(zs, 0.8, f=f, draws=draws)[0], zs)
+        for f, draws in ((0, 1), (512, 1), (512, 128))
+    ]
+    assert (many - exact).norm() < 0.22 * exact.norm() and (one - exact).norm() > exact.norm()
 
 
 @pytest.mark.parametrize("f", [0, 2048])
@@ -348,7 +337,8 @@ def test_corinfomax_survives_a_long_time_near_collapse_with_fewer_images_than_di
     for step in range(300):
         zs = F.normalize(1 + 1e-5 * normal(2, 8, 32, seed=step).float(), dim=2).requires_grad_()
         loss, _ = criterion(*zs, 1.0)
-        assert loss.isfinite() and gradient(loss, zs).isfinite().all()
+        loss.backward()  # as in training: the graph of the step before is gone
+        assert loss.isfinite() and zs.grad.isfinite().all()
 
 
 def test_music_reaches_its_bound_on_a_full_factorial_design_and_collapse_is_worse():
@@ -361,18 +351,15 @@ def test_music_reaches_its_bound_on_a_full_factorial_design_and_collapse_is_wors
 
 
 def test_legendre_polynomials_are_the_closed_forms_and_orthogonal_on_the_sphere():
-    t = torch.linspace(-1, 1, 41).double()
+    t = torch.linspace(-1, 1, 4001).double()
     for k in range(5):
         assert_near(mmd_sphere.legendre(t, 2, 4)[k], torch.cos(k * t.arccos()))
         assert_near(mmd_sphere.legendre(t, 3, 4)[k], torch.special.legendre_polynomial_p(t, k))
-    P = torch.stack(mmd_sphere.legendre(F.normalize(normal(400_000, 5), dim=1)[:, 0], 5, 4))
-    assert_near(P @ P.mT / 400_000, (1 / torch.tensor([1, 5, 14, 30, 55])).diag(), 0.003)
+    P = torch.stack(mmd_sphere.legendre(t, 5, 4))
+    density = (1 - t**2) / (1 - t**2).sum()  # of a coordinate of uniform points of the sphere in R^5
+    assert_near(P * density @ P.mT, (1 / torch.tensor([1, 5, 14, 30, 55])).diag(), 1e-6)
 
 
-def test_spread_collapsed_and_antipodal_embeddings_have_their_known_values():
+def test_hsic_of_spread_and_of_collapsed_embeddings_has_its_known_values():
     assert_near(LOSSES["hsic"](normal(256, 256).expand(2, 256, 256)), -1.33, 0.01)
     assert_near(LOSSES["hsic"](torch.ones(2, 256, 256)), -1, 1e-6)
-    z = normal(800, 16)
-    assert_near(LOSSES["mmd_sphere"](z.expand(2, 800, 16)), 81 / 800, 0.02)
-    assert_near(LOSSES["mmd_sphere"](torch.ones(2, 50, 16)), 81, 1e-6)
-    assert_near(mmd_sphere.mmd_sphere_loss(torch.cat([z, -z]).expand(2, 1600, 16), 0.0, [1, 0, 1])[0], 0)

@@ -80,7 +80,7 @@ def keep_activations(net, part, **_):
 
 
 def in_chunks(checkpoint):
-    """Gradients and running statistics of at most 3 rows at a time; under DDP where there are ranks."""
+    """Gradients and running statistics after two steps of at most 3 rows at a time; with ranks under DDP."""
     torch.manual_seed(common.rank())
     xs = [torch.randn(4, 3, side, side) for side in (16, 16, 12)]
     torch.manual_seed(0)
@@ -88,8 +88,9 @@ def in_chunks(checkpoint):
     online = music.Online(args)
     model = common.parallel(online, args, torch.device("cpu"))
     with patch.object(common, "checkpoint", checkpoint):
-        _, zs = model(xs)
-    zs.square().mean().backward()
+        for _ in range(2):
+            _, zs = model(xs)
+            zs.square().mean().backward()
     found = [p.grad for p in online.parameters()]
     found += [x for name, x in online.named_buffers() if "running" in name]
     return torch.cat([x.flatten() for x in found])
