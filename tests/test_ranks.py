@@ -41,6 +41,45 @@ def batch_norm(zs):
     return loss, dict(norm.named_buffers())
 
 
+def gather_stats(x, means, invstds, running_mean, running_var, momentum, eps, counts):
+    N = counts.sum()
+    mean = means.mean(0)
+    var = (invstds**-2 - eps + means**2).mean(0) - mean**2
+    running_mean.lerp_(mean, momentum)
+    running_var.lerp_(var * N / (N - 1), momentum)
+    return mean, (var + eps).rsqrt()
+
+
+def backward_reduce(grad, x, mean, invstd, weight, *_):
+    along = (grad * (x - mean)).sum(0)
+    return grad.sum(0), along, along * invstd, grad.sum(0)
+
+
+def backward_elemt(grad, x, mean, invstd, weight, total, along, counts):
+    N = counts.sum()
+    return (grad - total / N - (x - mean) * invstd**2 * along / N) * invstd * weight
+
+
+KERNELS = dict(  # which GPUs alone have, by their formulas, of x (n, C)
+    batch_norm_stats=lambda x, eps: (x.mean(0), (x.var(0, correction=0) + eps).rsqrt()),
+    batch_norm_gather_stats_with_counts=gather_stats,
+    batch_norm_elemt=lambda x, weight, bias, mean, invstd, eps: (x - mean) * invstd * weight + bias,
+    batch_norm_backward_reduce=backward_reduce,
+    batch_norm_backward_elemt=backward_elemt,
+)
+
+
+def batch_norm_on_gpus(zs):
+    if common.world() == 1:
+        return batch_norm(zs)
+    patch.multiple(torch, **KERNELS).start()  # also for backward
+    norm = common.BatchNorm(12).double()
+    norm.num_batches_tracked += 1
+    running = norm.running_mean, norm.running_var
+    y = common.NormaliseOverRanks.apply(zs[0], norm.weight, norm.bias, *running, norm.momentum, norm.eps)
+    return common.all_reduce((y**3).sum()), dict(norm.named_buffers())
+
+
 LOSSES = {  # of zs (3, n, 12)
     "hsic, exact": lambda zs: hsic_loss(zs, "imq", "adam"),
     "hsic, exact, gaussian": lambda zs: hsic_loss(zs, "gaussian", "adaptive"),
@@ -53,6 +92,7 @@ LOSSES = {  # of zs (3, n, 12)
     "mmd_sphere": lambda zs: mmd_sphere.mmd_sphere_loss(zs, 10.0, [1, 2, 3]),
     "uniformity": lambda zs: mmd_sphere.mmd_sphere_loss(zs, 1.0, [], "rbf", log=True),
     "batch norm": batch_norm,
+    "batch norm on GPUs": batch_norm_on_gpus,
 }
 
 
