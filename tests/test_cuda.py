@@ -111,7 +111,7 @@ RUNS = [
     (1, "hsic", ""),
     (8, "hsic", f"--features 64 --draws 16 --target --scale adam --optimizer lars {CROPS}"),
     (1, "corinfomax", "--optimizer sgd"),
-    (8, "corinfomax", "--objective ldmi --micro-batch 2"),
+    (8, "corinfomax", "--objective ldmi --micro-batch 16"),
     (1, "music", f"--segment 4 {CROPS}"),
     (8, "music", "--segment 4"),
     (1, "mmd_sphere", "--kernel rbf --log"),
