@@ -1065,12 +1065,11 @@ def check_directory(args):
 
 
 def surroundings():
-    """What a run depends on beside its arguments."""
+    """What a run depends on beside its arguments; a job, which runs copies, has the commit in CODE_COMMIT."""
+    git = f"git -C '{Path(__file__).parent}' describe --always --dirty 2>/dev/null"
     return dict(
         command=sys.argv,
-        commit=subprocess.getoutput(
-            f"git -C '{Path(__file__).parent}' describe --always --dirty 2>/dev/null"
-        ),
+        commit=os.environ.get("CODE_COMMIT") or subprocess.getoutput(git),
         versions=[sys.version, torch.__version__, torchvision.__version__],
         hardware=subprocess.getoutput("nvidia-smi -L 2>/dev/null || uname -m"),
         ranks=world(),
@@ -1410,6 +1409,7 @@ class Job(submitit.helpers.Checkpointable):
     def __init__(self, script, runs):
         self.script = script
         self.runs = runs
+        self.commit = surroundings()["commit"]
         self.gpus = os.environ.get("CUDA_VISIBLE_DEVICES")
 
     def __call__(self):
@@ -1421,6 +1421,7 @@ class Job(submitit.helpers.Checkpointable):
             del os.environ["CUDA_VISIBLE_DEVICES"]
             if self.gpus is not None:
                 os.environ["CUDA_VISIBLE_DEVICES"] = self.gpus
+        os.environ["CODE_COMMIT"] = self.commit
         sys.path.insert(0, os.path.dirname(self.script))
         restarts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
         ranks.master_port = 20000 + (ranks.master_port + 100 * restarts) % 40000

@@ -249,7 +249,8 @@ def labelled_rows(images, args):
     if args.labels.isdigit() and 0 < int(args.labels) <= 100:
         return stratified(images.labels, int(args.labels) / 100, args.seed, LABELLED, least=1)
     if images.in_memory or not os.path.isfile(args.labels):
-        fail(f"--labels {args.labels} is neither per cent nor a file with names of image files")
+        files = f"image files of more than {common.MEMORY_SIDE} pixels"  # others are kept without names
+        fail(f"--labels {args.labels} is neither per cent nor a file with names of {files}")
     names = {os.path.basename(name) for name in Path(args.labels).read_text().split()}
     rows = [row for row, path in enumerate(images.data) if os.path.basename(os.fsdecode(path)) in names]
     if len(rows) != len(names):
@@ -299,7 +300,9 @@ def kept_features(args, net, images):
     kept = common.features(net, images, torch.arange(len(images)), args, args.resize)
     if common.rank() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
-        common.write(path, lambda file: torch.save([tensor.cpu() for tensor in kept], file))
+        new = path.with_suffix(f".{common.TOKEN}")  # other jobs may write the same features
+        common.write(new, lambda file: torch.save([tensor.cpu() for tensor in kept], file))
+        new.replace(path)
     return kept
 
 

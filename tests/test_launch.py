@@ -110,6 +110,8 @@ def test_ranks_that_are_warned_save_come_back_and_end_as_if_undisturbed(how, tmp
         wait_for(point, 3 * epochs, "knn")
     text = Path(log).read_text()
     assert "SIGUSR2: saved" in text and "resuming at step" in text
+    commit = json.loads(Path(out, "args.json").read_text())["surroundings"]["commit"]
+    assert commit == common.surroundings()["commit"]
     world = state_of(out)["world"]
     assert world == {"local": 2, "slurm": 4}[how]
     assert on_ranks(train, world, *flags, tmp_path / "whole", "--lr", "1e-3") == [0] * world
