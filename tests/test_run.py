@@ -119,7 +119,8 @@ CLIP = """         loss.backward()
 
 
 def live(path, *flags):
-    """Run a script in this process."""
+    """Run a script in this process, with one thread, as others may be busy."""
+    torch.set_num_threads(1)
     train(*flags, module=SimpleNamespace(**runpy.run_path(path)))
 
 
