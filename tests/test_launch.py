@@ -99,7 +99,7 @@ JOBS = {
 @pytest.mark.parametrize("how", ["local", pytest.param("slurm", marks=pytest.mark.slurm)])
 def test_ranks_that_are_warned_save_come_back_and_end_as_if_undisturbed(how, tmp_path, folder, on_ranks):
     """In a sweep here they come back to the same point, and then go on to the next."""
-    epochs = {"local": 2, "slurm": 8}[how]
+    epochs = {"local": 2, "slurm": 5}[how]
     flags = [*RUN, "--data", folder, "--epochs", epochs, "--out"]
     jobs = submitted("music.py", *flags, tmp_path / "out", "--submit", how, *JOBS[how])
     number, out, log = jobs[0]
