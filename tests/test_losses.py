@@ -228,7 +228,7 @@ def test_collapse_to_a_point_or_a_line_is_worse_than_aligned_spread_embeddings(n
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_extreme_input_stays_finite_and_nan_stays_nan(name, dtype):
     zs = normal(2, 32, 12).to(dtype)
-    for extreme in (zs[:, :1].expand_as(zs), 0 * zs, 1e4 * zs, 1e-4 * zs, zs[:, :2], zs[:, :4]):
+    for extreme in (zs[:, :1].expand_as(zs), 0 * zs[:, :2], 1e4 * zs, 1e-4 * zs, zs[:, :2]):
         leaf = extreme.clone().requires_grad_()
         loss = LOSSES[name](leaf)
         assert (loss + gradient(loss, leaf)).isfinite().all()
@@ -292,10 +292,10 @@ def test_adaptive_scale_is_of_pairs_of_all_views_and_images_and_adam_goes_there(
     r2 = adaptive.squared_distances(half_circle, 0, 0)
     assert len(r2) == 1024 and abs(r2.mean() - (2 - 8 / math.pi**2)) < 0.1
     adam.optimizer.param_groups[0]["lr"] = 0.02
-    for step in range(200):
-        c = adam(half_circle, 0, step)
+    for _ in range(200):
+        c = adam(half_circle, 0, 0)
         adam.optimizer.step()
-    assert_near(c, adaptive(half_circle, 0, 0), 0.03)
+    assert_near(c, adaptive(half_circle, 0, 0), 0.001)
 
 
 @pytest.mark.parametrize("f", [0, 2048])
