@@ -12,7 +12,6 @@ import collections
 import contextlib
 import glob
 import hashlib
-import io
 import itertools
 import json
 import math
@@ -383,9 +382,7 @@ class Images:
 def read_image(path):
     """(3, H, W), uint8, RGB; None where the file is no whole image or has more than 179 million pixels."""
     try:
-        with open(path, "rb") as file:
-            content = io.BytesIO(file.read())  # whole: Pillow is slower on pieces of a file
-        with Image.open(content) as picture:  # reads the header, and refuses a decompression bomb
+        with Image.open(path) as picture:  # reads the header, and refuses a decompression bomb
             if picture.mode.startswith("I"):  # 16 bits, which convert would clip
                 return torch.from_numpy((numpy.array(picture) >> 8).astype("uint8")).expand(3, -1, -1)
             rgb = picture if picture.mode == "RGB" else picture.convert("RGB")
