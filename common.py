@@ -383,7 +383,9 @@ def read_image(path):
     """(3, H, W), uint8, RGB; None where the file is no whole image or has more than 179 million pixels."""
     try:
         with Image.open(path) as picture:  # reads the header, and refuses a decompression bomb
-            if picture.mode.startswith("I"):  # 16 bits, which convert would clip
+            if picture.mode in ("I", "F"):  # 32 bits, of any range
+                return None
+            if picture.mode.startswith("I;16"):  # 16 bits, which convert would clip
                 return torch.from_numpy((numpy.array(picture) >> 8).astype("uint8")).expand(3, -1, -1)
             rgb = picture if picture.mode == "RGB" else picture.convert("RGB")
             return torch.from_numpy(numpy.array(rgb)).permute(2, 0, 1)
@@ -1048,7 +1050,7 @@ def check_directory(args):
     """Refuse an --out that holds another run or something else."""
     out = Path(args.out)
     try:
-        if not out.exists() or {path.name for path in out.iterdir()} <= {"submit", "args.json.tmp"}:
+        if not out.exists() or {path.name for path in out.iterdir() if path.suffix != ".tmp"} <= {"submit"}:
             return
         before = json.loads((out / "args.json").read_text())
     except (OSError, ValueError) as error:
@@ -1062,7 +1064,7 @@ def check_directory(args):
 
 
 def surroundings():
-    """What a run depends on beside its arguments; a job, which runs copies, has the commit in CODE_COMMIT."""
+    """What a run depends on beside its arguments; submit leaves the commit in the environment of jobs."""
     git = f"git -C '{Path(__file__).parent}' describe --always --dirty 2>/dev/null"
     return dict(
         command=sys.argv,
@@ -1075,7 +1077,7 @@ def surroundings():
 
 def write(path, save):
     """save(file) to a temporary file, which is renamed, so that a killed run leaves the old file intact."""
-    temporary = Path(f"{path}.tmp")
+    temporary = Path(f"{path}.{TOKEN}.tmp")  # another job may write the same file
     with open(temporary, "wb") as file:
         save(file)
         file.flush()
@@ -1123,6 +1125,8 @@ def resume(args, state):
         return step
     try:
         out.mkdir(parents=True, exist_ok=True)
+        for left in out.glob("*.tmp"):  # by a run that was killed
+            left.unlink()
         settings = json.dumps(dict(vars(args), surroundings=surroundings()), indent=1)
         write(out / "args.json", lambda file: file.write(settings.encode()))
         (out / "token").write_text(TOKEN)
@@ -1406,7 +1410,6 @@ class Job(submitit.helpers.Checkpointable):
     def __init__(self, script, runs):
         self.script = script
         self.runs = runs
-        self.commit = surroundings()["commit"]
         self.gpus = os.environ.get("CUDA_VISIBLE_DEVICES")
 
     def __call__(self):
@@ -1418,7 +1421,6 @@ class Job(submitit.helpers.Checkpointable):
             del os.environ["CUDA_VISIBLE_DEVICES"]
             if self.gpus is not None:
                 os.environ["CUDA_VISIBLE_DEVICES"] = self.gpus
-        os.environ["CODE_COMMIT"] = self.commit
         sys.path.insert(0, os.path.dirname(self.script))
         restarts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
         ranks.master_port = 20000 + (ranks.master_port + 100 * restarts) % 40000
@@ -1473,6 +1475,7 @@ def submit(job, runs):
                 **dict(item.partition("=")[::2] for item in job.slurm),
             },
         )
+        os.environ["CODE_COMMIT"] = surroundings()["commit"]  # jobs run copies, and inherit it
         cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the job imports the copy of this file
         groups = [[flags] for flags in runs]
         if job.submit == "local":

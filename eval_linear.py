@@ -300,9 +300,7 @@ def kept_features(args, net, images):
     kept = common.features(net, images, torch.arange(len(images)), args, args.resize)
     if common.rank() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
-        new = path.with_suffix(f".{common.TOKEN}")  # other jobs may write the same features
-        common.write(new, lambda file: torch.save([tensor.cpu() for tensor in kept], file))
-        new.replace(path)
+        common.write(path, lambda file: torch.save([tensor.cpu() for tensor in kept], file))
     return kept
 
 

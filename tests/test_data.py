@@ -41,7 +41,7 @@ FOLDERS = {  # the names of files; labels and classes of training images; labels
     "class folders": ("b/x.jpg a/x.jpg a/y.jpg", "ab", [0, 0, 1], None, "no kNN"),
     "flat": ("x.jpg y.jpg", "", [-1, -1], None, "no kNN"),
     "flat val": ("train/a/x.jpg val/x.jpg", "a", [0], None, "no folders named as"),
-    "empty, hidden": ("train/a/x.jpg train/e/ train/.h/x.jpg train/a/._x.jpg val/e/", "a", [0], None, "no"),
+    "hidden": ("train/a/x.jpg train/e/ train/.h/x.jpg train/a/._x.jpg val/e/", "a", [0], None, "no kNN"),
 }
 
 
@@ -71,11 +71,12 @@ FORMATS = {
     "cmyk.JPEG": ("CMYK", (0, 0, 0, 102)),
     "x.gif": ("RGB", (153, 153, 153)),
     "x.webp": ("RGB", (153, 153, 153)),
+    "x.bmp": ("L", 153),
+    "x.ppm": ("RGB", (153, 153, 153)),
     "x.tiff": ("RGB", (153, 153, 153)),
     "alpha.png": ("LA", (153, 9)),
     "16 bits.png": ("I;16", 153 * 256 + 255),
     "big-endian.tif": ("I;16B", 153 * 256 + 255),
-    "in 32 bits.tif": ("I", 153 * 256 + 255),
 }
 
 
@@ -86,6 +87,12 @@ def test_all_usual_formats_are_read_and_16_bits_are_not_clipped(name, tmp_path):
     image = common.list_folder(tmp_path).read(0)
     assert image.dtype == torch.uint8 and image.shape == (3, 20, 30)
     assert (image.float() - 153).abs().max() <= 1
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_images_of_unknown_range_are_not_read(mode, tmp_path):
+    Image.new(mode, (30, 20), 153).save(tmp_path / "x.tif")
+    assert common.list_folder(tmp_path).read(0) is None
 
 
 @pytest.mark.parametrize("size", [(20, 24), (20, 140)])

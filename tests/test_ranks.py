@@ -6,6 +6,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import TINY, train
 
@@ -97,21 +98,39 @@ LOSSES = {  # of zs (3, n, 12)
 
 
 def outcome(name):
-    """Loss and terms, and the gradient of this rank's rows as DDP averages it."""
+    """Loss and terms, the gradient of this rank's rows as DDP averages it, and how many numbers it sends."""
     zs = torch.randn(3, 16, 12, generator=torch.Generator().manual_seed(0), dtype=torch.double)
     zs = zs.chunk(common.world(), 1)[common.rank()].clone().requires_grad_()
-    loss, terms = LOSSES[name](zs)
-    (3 * loss).backward()  # a gradient that is computed with the loss may forget the 3
-    return [loss, *terms.values()], zs.grad / common.world()
+    reducing = patch.object(dist, "all_reduce", wraps=dist.all_reduce)
+    gathering = patch.object(common, "all_gather", wraps=common.all_gather)
+    with reducing as reduce, gathering as gather:
+        loss, terms = LOSSES[name](zs)
+        (3 * loss).backward()  # a gradient that is computed with the loss may forget the 3
+    sent = sum(call.args[0].numel() for call in reduce.call_args_list + gather.call_args_list)
+    return [loss, *terms.values()], zs.grad / common.world(), sent
 
 
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("name", LOSSES)
 def test_loss_terms_state_and_gradient_are_those_of_one_process(name, world, on_ranks):
-    values, grad = outcome(name)
-    all_values, grads = zip(*on_ranks(outcome, world, name), strict=True)
+    values, grad, _ = outcome(name)
+    all_values, grads, _ = zip(*on_ranks(outcome, world, name), strict=True)
     assert_near(all_values, (values,) * world)
     assert_near(torch.cat(grads, 1), grad)
+
+
+n, d = 8, 12  # of each of two ranks
+SENT = {
+    "hsic, draws": 3 * n * d + 6 * n * d + 4,  # embeddings, and gradients of all of them
+    "music": 2 * n * d + 4 * n * d + d + 2,
+    "ldmi": 2 * (3 * d * d + 2 * d + 1),  # in two steps
+    "mmd_sphere": 2 * n * d + 5,  # each embedding once
+}
+
+
+@pytest.mark.parametrize("name", SENT)
+def test_communication_is_as_stated(name, on_ranks):
+    assert [sent for _, _, sent in on_ranks(outcome, 2, name)] == [SENT[name]] * 2
 
 
 def keep_activations(net, part, **_):

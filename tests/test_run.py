@@ -89,16 +89,16 @@ def test_what_a_run_leaves_and_that_the_same_command_changes_nothing(tmp_path, f
     assert torch.equal(torch.load(more / "backbone.pth")["conv1.weight"], weights["conv1.weight"])
 
 
-@pytest.mark.parametrize("left", ["args.json.tmp", "args.json"])
+@pytest.mark.parametrize("left", [f"args.json.{common.TOKEN}.tmp", "args.json"])
 def test_a_run_killed_at_its_first_moment_starts_again(left, tmp_path, folder, monkeypatch):
     """Before args.json has its name, or before there is a token."""
     flags = ["--data", folder, *FLAGS, "--out", tmp_path / "out"]
-    next_call = {"args.json.tmp": "os.fsync", "args.json": "pathlib.Path.write_text"}[left]
+    next_call = "pathlib.Path.write_text" if left == "args.json" else "os.fsync"
     with monkeypatch.context() as patch:
         patch.setattr(next_call, Mock(side_effect=SystemExit(9)))
         assert train(*flags) == 9
     assert os.listdir(tmp_path / "out") == [left]
-    assert train(*flags) == 0
+    assert train(*flags) == 0 and not list((tmp_path / "out").glob("*.tmp"))
 
 
 def fork(folder, diff):
