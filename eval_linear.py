@@ -370,28 +370,17 @@ def write_sheet(path, data, neighbours):
 
 
 class Heads(nn.Module):
-    """G linear classifiers of the same features, each with its own rate and weight decay.
+    """G linear classifiers of the same features, which start at zero; the last column of a weight is the bias."""
 
-    They start at zero. The last column of a weight is the bias, which does not decay.
-    """
-
-    def __init__(self, points, classes, width):
+    def __init__(self, classes, heads, width):
         super().__init__()
-        self.register_buffer("points", torch.tensor(points), persistent=False)  # (G, 2)
-        self.weight = nn.Parameter(torch.zeros(classes, len(points), width + 1))
+        self.weight = nn.Parameter(torch.zeros(classes, heads, width + 1))
 
     def forward(self, h):
         """Logits (n, C, G) of features h (n, D), in float32."""
         with torch.autocast(h.device.type, enabled=False):
             logits = with_one(h.float()) @ self.weight.flatten(0, 1).mT
         return logits.unflatten(1, self.weight.shape[:2])
-
-    @torch.no_grad()
-    def scale_gradient(self):
-        """Add weight decay, and multiply by the rates: SGD of rate 1 then trains each head at its own."""
-        lr, wd = self.points.unsqueeze(2).unbind(1)
-        self.weight.grad[:, :, :-1].addcmul_(wd, self.weight[:, :, :-1])
-        self.weight.grad.mul_(lr)
 
 
 def train(args, net, data, device):
@@ -404,12 +393,13 @@ def train(args, net, data, device):
     elif args.mode == "finetune":
         points = [(args.lr_head, 0.0)]
         backbone = copy.deepcopy(net).requires_grad_(True).train()
-    heads = Heads([(args.scale * lr, wd) for lr, wd in points], len(data.train.classes), net.inplanes)
+    lr, wd = torch.tensor(points, device=device)[:, :, None].unbind(1)  # (G, 1) each
+    heads = Heads(len(data.train.classes), len(points), net.inplanes)
     online = nn.Sequential(backbone, heads).to(device)
     average = copy.deepcopy(heads)
     model = common.parallel(online, args, device)
-    groups = [dict(params=[heads.weight], peak=1.0, fall=0.1)]
-    groups.append(dict(params=list(backbone.parameters()), peak=args.scale * args.lr_backbone, fall=0.2))
+    groups = [dict(params=heads.parameters(), peak=1.0, fall=0.1)]
+    groups.append(dict(params=backbone.parameters(), peak=args.lr_backbone, fall=0.2))
     optimizer = torch.optim.SGD(groups, momentum=0.9)
     state = dict(data=data.train, online=online, average=average, optimizer=optimizer)
     start = common.resume(args, state)
@@ -418,13 +408,13 @@ def train(args, net, data, device):
 
     for step, x, y in log.watch(training_batches(args, net, data, device, start, total)):
         for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * schedule(args, step, total, group["fall"])
+            group["lr"] = args.scale * group["peak"] * schedule(args, step, total, group["fall"])
         with common.autocast(args, device):
             logits = model(x)  # (n, C, G)
         losses = F.cross_entropy(logits, y[:, None].expand(-1, len(points)), reduction="none").mean(0)
         optimizer.zero_grad()
         losses.sum().backward()
-        heads.scale_gradient()
+        heads.weight.grad.addcmul_(wd, heads.weight.detach()).mul_(lr)  # each head's own decay and rate
         optimizer.step()
         common.ema_update(average, heads, min(args.ema, (1 + step) / (10 + step)))
 
@@ -509,12 +499,10 @@ def lbfgs(args, net, data, device):
     h_test, y_test = kept_features(args, net, data.test)
     h = h.double()
     mean = h.mean(0)
-    variance, axes = torch.linalg.eigh(torch.cov(h.mT))
-    variance = variance.clamp(min=0)
-    axes = axes / variance.sum().sqrt()  # by which a penalty means the same for every backbone
-    variance = variance / variance.sum()
-    h = with_one((h - mean) @ axes)
-    h_test = with_one((h_test - mean) @ axes)
+    size = h.var(0).sum().sqrt()  # divided by it, a penalty means the same for every backbone
+    variance, axes = torch.linalg.eigh(torch.cov(h.mT / size))
+    h = with_one((h - mean) @ axes / size)
+    h_test = with_one((h_test - mean) @ axes / size)
 
     weight = h.new_zeros(len(data.train.classes), h.shape[1])
     weights = {}

@@ -38,26 +38,25 @@ def problem(n):
     return 3 * F.one_hot(y, 6) + 2 * torch.randn(n, 6, generator=torch.Generator().manual_seed(n)), y
 
 
-def objective(weight, h, y, penalty):
-    """Of one linear classifier, whose last column is the bias."""
-    return F.cross_entropy(ev.with_one(h) @ weight.mT, y) + penalty / 2 * weight[:, :-1].square().sum()
-
-
-def test_heads_trained_at_once_are_those_trained_one_at_a_time():
-    points = [(0.01, 0.0), (0.3, 0.1), (2.0, 0.01)]
-    heads = ev.Heads(points, 4, 6)
-    groups = [dict(params=[torch.zeros(4, 7, requires_grad=True)], lr=lr, wd=wd) for lr, wd in points]
-    optimizer = torch.optim.SGD([dict(params=[heads.weight], lr=1.0), *groups], momentum=0.9)
-    for step in range(30):
-        h, y = problem(24 + 4 * step)
-        optimizer.zero_grad()
-        F.cross_entropy(heads(h), y[:, None].expand(-1, 3), reduction="none").mean(0).sum().backward()
-        heads.scale_gradient()
-        for group in groups:
-            objective(group["params"][0], h, y, group["wd"]).backward()
-        optimizer.step()
-    for group, weight in zip(groups, heads.weight.unbind(1), strict=True):
-        assert (group["params"][0] - weight).abs().max() < 1e-5
+def test_heads_trained_at_once_are_those_trained_one_at_a_time(tmp_path, monkeypatch):
+    h, y = problem(64)
+    monkeypatch.setattr(ev, "kept_features", lambda *_: (h.float(), y))
+    images = common.Images(h, y, list("abcd"), "")
+    grid = f"--lr 0.01 0.3 2 --wd 0 0.1 --warmup-steps 3 --batch-size 32 --epochs 9 --out {tmp_path}"
+    args, data = ev.plan(ev.get_args(f"{FLAGS} {grid}".split()), "cached", images, images)
+    net, device = argparse.Namespace(inplanes=6), common.start(args, ev.__file__)
+    ev.train(args, net, data, device)
+    heads = state_of(tmp_path / "cached")["online"]["1.weight"].unbind(1)
+    points = [(lr, wd) for lr in args.lr for wd in args.wd]
+    for (lr, wd), head in zip(points, heads, strict=True):
+        weight = torch.zeros(4, 7, requires_grad=True)
+        optimizer = torch.optim.SGD([weight], momentum=0.9, weight_decay=wd)
+        for step, x, labels in ev.training_batches(args, net, data, device, 0, 9):
+            common.set_lr(optimizer, 32 / 256 * lr * ev.schedule(args, step, 9, 0.1))
+            optimizer.zero_grad()
+            F.cross_entropy(ev.with_one(x) @ weight.mT, labels).backward()
+            optimizer.step()
+        torch.testing.assert_close(weight.detach(), head, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("penalty", [10.0, 1e-3, 1e-7])
@@ -65,7 +64,8 @@ def test_lbfgs_reaches_the_optimum(penalty):
     h, y = problem(61)
     h = h * 10.0 ** -torch.arange(6.0).double()
     weight = ev.fit_logistic(ev.with_one(h), y, penalty, h.new_zeros(4, 7), h.var(0)).requires_grad_()
-    objective(weight, h, y, penalty).backward()
+    loss = F.cross_entropy(ev.with_one(h) @ weight.mT, y) + penalty / 2 * weight[:, :-1].square().sum()
+    loss.backward()
     assert weight.grad.abs().max() < 1e-5
 
 
@@ -142,6 +142,7 @@ def test_an_interrupted_evaluation_ends_bit_for_bit_as_one_that_was_not(mode, tm
         assert evaluate(flags, folder, out) == 0 and not (out / "results.jsonl").exists()
     assert evaluate(flags, folder, out) == 0
     assert same(state_of(out / mode), state_of(whole / mode))
+    assert [group["peak"] for group in state_of(out / mode)["optimizer"]["param_groups"]] == [1.0, 0.01]
     assert records(out, "results") == records(whole, "results")
     assert evaluate(f"--backbone {out}/{mode}/model.pth --mode knn", folder, tmp_path / "again") == 0
 
