@@ -370,7 +370,7 @@ def write_sheet(path, data, neighbours):
 
 
 class Heads(nn.Module):
-    """G linear classifiers of the same features, which start at zero; the last column of a weight is the bias."""
+    """G linear classifiers of the same features, which start at zero; a weight's last column is the bias."""
 
     def __init__(self, classes, heads, width):
         super().__init__()

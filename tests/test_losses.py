@@ -2,12 +2,12 @@
 
 import itertools
 import math
+from functools import partial
 
 import numpy
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 import common
 import corinfomax
@@ -15,51 +15,22 @@ import hsic
 import mmd_sphere
 import music
 
+assert_near = partial(torch.testing.assert_close, rtol=1e-9, atol=1e-9)
+
 
 def normal(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.double)
-
-
-def corinfomax_loss(zs, objective):
-    return corinfomax.CorInfoMax(zs.shape[2], objective=objective)(*F.normalize(zs, dim=2), 10.0)[0]
+    return torch.tensor(numpy.random.RandomState(seed).randn(*shape))
 
 
 LOSSES = {  # of zs (2, n, d), d a multiple of 4
     "hsic": lambda zs: hsic.hsic_loss(zs, f=0)[0],
-    "hsic, linear": lambda zs: hsic.hsic_loss(zs, kernel="linear")[0],
     "hsic, features": lambda zs: hsic.hsic_loss(zs, f=32)[0],
-    "corinfomax": lambda zs: corinfomax_loss(zs, "corinfomax"),
-    "ldmi": lambda zs: corinfomax_loss(zs, "ldmi"),
+    "corinfomax": lambda zs: corinfomax.CorInfoMax(zs.shape[2])(*F.normalize(zs, dim=2), 10.0)[0],
+    "ldmi": lambda zs: corinfomax.CorInfoMax(zs.shape[2], objective="ldmi")(*F.normalize(zs, dim=2), 10.0)[0],
     "music": lambda zs: music.music_loss(*zs, 4)[0],
     "mmd_sphere": lambda zs: mmd_sphere.mmd_sphere_loss(zs, 10, [1, 40, 40])[0],
-    "uniformity": lambda zs: mmd_sphere.mmd_sphere_loss(zs, 10, [], "rbf", True)[0],
 }
 every_loss = pytest.mark.parametrize("name", LOSSES)
-
-# fmt: off
-# loss; seed; n, d, scale; value, MUSIC's diagonal, off-diagonal and invariance, sums of |gradient|
-OFFICIAL = [
-    (lambda zs: music.music_loss(*zs, 8), 100, (16, 32), [-3.0948400145248245, -0.6963841399057462,
-        -4.070074718129043, 1.6716188433099655, 0.7404474983595547, 0.7322390534674754]),
-    (lambda zs: music.music_loss(*zs, 10), 101, (64, 60, 3.0), [-4.1618457775506394, -1.1378465670159994,
-        -4.395996517638142, 1.371997307103502, 0.9265959772204209, 0.9849830741350676]),
-    (lambda zs: mmd_sphere.mmd_sphere_loss(zs, 4000, [1, 40, 40]), 110, (16, 8),
-        [272.93648234274724, 613.5235661324239, 585.5920366491057]),
-    (lambda zs: mmd_sphere.mmd_sphere_loss(zs, 10, [0, 1, 0]), 113, (40, 16),
-        [0.4366033212496496, 0.8089465970358594, 0.7339083651335803]),
-]
-# of seed + step: loss, invariance, big bang, sums of |gradient|
-OFFICIAL_CORINFOMAX = [
-    [1.3072197649731876, 0.037002876476018326, 1.2702168884971692, 0.372312839679196, 0.3779393932150459],
-    [2.482428534447348, 0.03664813176129694, 2.445780402686051, 0.5816463913505624, 0.5671591728102492],
-    [3.518930536664978, 0.037926210750749555, 3.4810043259142285, 0.8985919763001066, 0.8927079330505749],
-]
-# fmt: on
-
-
-def assert_near(values, expected, tolerance=1e-9):
-    expected = torch.as_tensor(expected, dtype=values.dtype)
-    torch.testing.assert_close(values, expected, rtol=tolerance, atol=tolerance)
 
 
 def gradient(loss, zs):
@@ -71,34 +42,29 @@ def assert_same(loss, naive, zs):
     assert_near(gradient(3 * loss, zs), gradient(3 * naive, zs))  # a custom backward may forget the 3
 
 
-def official_views(seed, n, d, scale=1.0):
-    a, b = torch.tensor(numpy.random.RandomState(seed).randn(2, n, d))
-    return (scale * torch.stack([a, 0.7 * a + math.sqrt(0.51) * b])).requires_grad_()
+def official_views(seed, n, d):
+    a, b = normal(2, n, d, seed=seed)
+    return torch.stack([a, 0.7 * a + math.sqrt(0.51) * b])
 
 
-def assert_official(loss, terms, zs, official):
-    """The loss, those terms that have official values, and the sum of |.| of each view's gradient."""
-    values = [loss, *terms.values()][: len(official) - 2]
-    assert_near(torch.stack([*values, *gradient(loss, zs).abs().sum((1, 2))]), official, 1e-7)
+# fmt: off
+OFFICIAL = [  # loss and terms; views; the values, of SFRIK of the loss alone
+    (lambda zs: (hsic.hsic_zy(zs[0]), dict(zz=hsic.hsic_zz(*zs))), normal(2, 4, 32, 64, seed=201),
+        [21.76239961344157, 32.088952574044]),
+    (lambda zs: corinfomax.CorInfoMax(16, 0.5, 0.5, 1e-3)(*F.normalize(zs, dim=2), 1.0),
+        official_views(140, 16, 16), [1.3072197649731876, 0.037002876476018326, 1.2702168884971692]),
+    (lambda zs: music.music_loss(*zs, 8), official_views(100, 16, 32),
+        [-3.0948400145248245, -0.6963841399057462, -4.070074718129043, 1.6716188433099655]),
+    (lambda zs: mmd_sphere.mmd_sphere_loss(zs, 4000, [1, 40, 40]), official_views(110, 16, 8), [272.936482]),
+]
+# fmt: on
 
 
-def test_hsic_of_features_has_the_official_values():
-    phi, psi = torch.tensor(numpy.random.RandomState(201).randn(2, 4, 32, 64))
-    values = torch.stack([hsic.hsic_zy(phi), hsic.hsic_zz(phi, psi)])
-    assert_near(values, [21.76239961344157, 32.088952574044])
-
-
-@pytest.mark.parametrize("loss, seed, shape, official", OFFICIAL)
-def test_music_and_mmd_sphere_have_the_official_values(loss, seed, shape, official):
-    zs = official_views(seed, *shape)
-    assert_official(*loss(zs), zs, official)
-
-
-def test_corinfomax_has_the_official_values_over_three_steps():
-    criterion = corinfomax.CorInfoMax(16, 0.5, 0.5, 1e-3)
-    for step, official in enumerate(OFFICIAL_CORINFOMAX):
-        zs = F.normalize(official_views(140 + step, 16, 16), dim=2)
-        assert_official(*criterion(*zs, 1.0), zs, official)
+@pytest.mark.parametrize("loss_of, zs, official", OFFICIAL)
+def test_losses_have_the_official_values(loss_of, zs, official):
+    loss, terms = loss_of(zs)
+    values = [loss, *terms.values()][: len(official)]
+    assert torch.stack(values).tolist() == pytest.approx(official, 1e-7)
 
 
 KERNELS = {  # of squared distances, at c = 0.6
@@ -108,48 +74,37 @@ KERNELS = {  # of squared distances, at c = 0.6
 }
 
 
-def gram_matrix(zs, kernel):
-    z = F.normalize(zs, dim=2).flatten(0, 1)
+def gram_matrix(z, kernel):
     return KERNELS[kernel]((z[:, None] - z).square().sum(2))
 
 
-def gram_forms(K, L):
-    """HSIC(Z, Y), root of HSIC(Z, Z), and dependence, from Gram matrices of 3 views of 12 images each."""
+def hsic_of_gram_matrices(K, L):
+    """Loss at gamma = 2, HSIC(Z, Y), root of HSIC(Z, Z), and dependence of 3 views of 12 images each."""
     same_image = torch.eye(12).repeat(3, 3)
-    H = torch.eye(36).double() - 1 / 36
     zy = (K * same_image).sum() / 72 - K.mean()
-    zz = (H @ K @ H * L).sum() / 36**2
-    return torch.stack([zy, zz.sqrt(), zy - K.trace() / 72])
+    root = ((K - K.mean(0)) * (L - L.mean(0)).mT).sum().sqrt() / 36
+    return torch.stack([2 * root - zy, zy, root, zy - K.trace() / 72])
 
 
-def assert_hsic(loss, terms, forms, zs):
-    assert_same(loss, 2 * forms[1] - forms[0], zs)
-    assert_near(torch.stack([*terms.values()]), forms)
-
-
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_exact_hsic_is_its_definition(kernel):
+@pytest.mark.parametrize("kernel, f", [("imq", 0), ("gaussian", 0), ("linear", 0), ("imq", 8)])
+def test_hsic_is_its_definition_or_the_mean_over_draws_of_that_with_two_halves_of_the_features(kernel, f):
     zs = normal(3, 12, 5).requires_grad_()
-    K = gram_matrix(zs, kernel)
-    assert_hsic(*hsic.hsic_loss(zs, 0.6, 2.0, kernel, f=0), gram_forms(K, K), zs)
-
-
-def test_hsic_of_features_is_the_mean_over_draws_of_its_definition_with_two_halves_of_the_features():
-    zs = normal(3, 12, 5).requires_grad_()
-    forms = []
+    z = F.normalize(zs, dim=2).flatten(0, 1)
+    naive = 0
     for draw in range(3):
-        omega, phase = hsic.sample_features(5, 16, "imq", 6, 7, draw=draw)
-        features = hsic.random_features(F.normalize(zs, dim=2).flatten(0, 1), omega, phase, 0.6)
-        K, L = [2 * half @ half.mT for half in features.chunk(2, 1)]
-        forms.append(gram_forms(K, L))
-    loss, terms = hsic.hsic_loss(zs, 0.6, 2.0, "imq", 8, seed=6, step=7, draws=3)
-    assert_hsic(loss, terms, torch.stack(forms).mean(0), zs)
+        K = L = gram_matrix(z, kernel)
+        if f > 0:
+            features = hsic.random_features(z, *hsic.sample_features(5, 16, kernel, 6, 7, draw=draw), 0.6)
+            K, L = [2 * half @ half.mT for half in features.chunk(2, 1)]
+        naive += hsic_of_gram_matrices(K, L) / 3
+    loss, terms = hsic.hsic_loss(zs, 0.6, 2.0, kernel, f, seed=6, step=7, draws=3)
+    assert_same(loss, naive[0], zs)
+    assert_near(list(terms.values()), list(naive[1:]))
 
 
-@pytest.mark.parametrize("d, s", [(24, 24), (1100, 10)])
-def test_music_is_its_definition_with_all_of_P_in_memory(d, s):
-    zs = normal(2, 7, d).requires_grad_()
-    S = d // s
+@pytest.mark.parametrize("S, s", [(1, 24), (110, 10)])
+def test_music_is_its_definition_with_all_of_P_in_memory(S, s):
+    zs = normal(2, 7, S * s).requires_grad_()
     p1, p2 = torch.softmax(zs.view(2, 7, S, s) / 0.5, 3)
     P = torch.einsum("nai,nbj->abij", p1, p2) / 7
     negentropy = P * P.log()
@@ -165,28 +120,27 @@ def test_music_wants_segments_of_one_size():
 
 
 SPREAD = [  # b, kernel, log; MMD^2 for tau = 2 in dimension 5
-    ([3, 0, 4], "legendre", False, lambda z: 7 * (z @ z.mT).pow(3).mean()),
-    ([], "quadratic", False, lambda z: (z @ z.mT).square().mean()),
-    ([], "rbf", True, lambda z: torch.pdist(z).square().mul(-2).exp().mean().log()),  # uniformity
+    (([3, 0, 4],), lambda z: 7 * (z @ z.mT).pow(3).mean()),
+    (([], "quadratic"), lambda z: (z @ z.mT).square().mean()),
+    (([], "rbf", True), lambda z: torch.pdist(z).square().mul(-2).exp().mean().log()),  # uniformity
 ]
 
 
-@pytest.mark.parametrize("b, kernel, log, mmd2", SPREAD)
-def test_mmd_sphere_is_its_closed_form_and_spreads_the_global_views_alone(b, kernel, log, mmd2):
+@pytest.mark.parametrize("options, mmd2", SPREAD)
+def test_mmd_sphere_is_its_closed_form_and_spreads_the_global_views_alone(options, mmd2):
     zs = normal(4, 1100, 5).requires_grad_()
     z = F.normalize(zs, dim=2)
     invariance = (z[:2, None] - z).square().mean((2, 3)).sum() / 6  # pairs of a global view and another
     naive = 7 * invariance + (mmd2(z[0]) + mmd2(z[1])) / 2
-    assert_same(mmd_sphere.mmd_sphere_loss(zs, 7.0, b, kernel, log)[0], naive, zs)
+    assert_same(mmd_sphere.mmd_sphere_loss(zs, 7.0, *options)[0], naive, zs)
 
 
-@pytest.mark.parametrize("d", [2, 3, 5])
-def test_legendre_polynomials_are_orthogonal_on_the_sphere_and_1_at_1(d):
+def test_legendre_polynomials_are_orthogonal_on_the_sphere_and_1_at_1():
     angle = torch.linspace(0, math.pi, 20_000)
-    P = torch.stack(mmd_sphere.legendre(angle.cos(), d, 4))
-    products = (P * angle.sin() ** (d - 2)) @ P.mT / 20_000
-    assert_near(products, products.diagonal().diag(), 1e-3)
-    assert mmd_sphere.legendre(torch.tensor(1.0), d, 4) == [1] * 5
+    P = torch.stack(mmd_sphere.legendre(angle.cos(), 3, 4))
+    products = (P * angle.sin()) @ P.mT / 20_000
+    assert products.triu(1).abs().max() < 1e-3
+    assert (P[:, 0] == 1).all()
 
 
 @pytest.mark.parametrize("objective", ["corinfomax", "ldmi"])
@@ -194,41 +148,38 @@ def test_corinfomax_and_ldmi_are_their_definitions_in_blocks_of_the_recursive_jo
     """LDMI is 4 / d times the mutual information of Gaussian views."""
     criterion = corinfomax.CorInfoMax(4, 0.3, 0.2, 0.01, 2.0, objective)
     mu, R = torch.zeros(8), 2 * torch.eye(8).double()
+    same_view = torch.kron(torch.eye(2), torch.ones(4, 4))
     for step in range(3):
         zs = normal(2, 9, 4, seed=step).requires_grad_()
-        z = torch.cat([*zs], 1)
-        mu = 0.2 * mu.detach() + 0.8 * z.mean(0)
-        R = 0.3 * R.detach() + 0.7 * (z - mu).mT @ (z - mu) / 9
+        z = torch.hstack([*zs])
+        mu = 0.2 * mu + 0.8 * z.mean(0)
+        R = 0.3 * R + 0.7 * (z - mu).mT @ (z - mu) / 9
         joint = R + 0.01 * torch.eye(8)
-        blocks = joint[:4, :4].logdet() + joint[4:, 4:].logdet()
+        blocks = (joint * same_view).logdet()
         naive = dict(corinfomax=5 * F.mse_loss(*zs) - blocks / 4, ldmi=(joint.logdet() - blocks) / 2)
         assert_same(criterion(*zs, 5.0)[0], naive[objective], zs)
 
 
-@every_loss
-def test_order_rotation_and_for_music_segments_and_units_do_not_matter(name):
+def test_rotation_and_for_music_the_order_of_segments_and_of_units_do_not_matter():
     zs = normal(2, 16, 12)
-    changed = zs.flip(0)[:, torch.randperm(16)]
-    if name == "music":
-        changed = changed.view(2, 16, 3, 4)[:, :, [2, 0, 1]][..., [1, 3, 0, 2]].flatten(2)
-    elif name != "hsic, features":
-        changed = changed @ torch.linalg.qr(normal(12, 12))[0]
-    assert_near(LOSSES[name](changed), LOSSES[name](zs), 1e-6)
+    rotated = zs @ torch.linalg.qr(normal(12, 12))[0]
+    assert_near(LOSSES["mmd_sphere"](rotated), LOSSES["mmd_sphere"](zs))
+    permuted = zs.view(2, 16, 3, 4).roll((1, 2), (2, 3)).flatten(2)
+    assert_near(LOSSES["music"](permuted), LOSSES["music"](zs))
 
 
 @every_loss
 def test_collapse_to_a_point_or_a_line_is_worse_than_aligned_spread_embeddings(name):
     spread = (20 * normal(256, 16)).expand(2, 256, 16)
-    point = spread[:, :1].expand(2, 256, 16)
+    point = spread[:, :1].expand_as(spread)
     line = point * normal(256, 1).sign()
     assert LOSSES[name](spread) < min(LOSSES[name](point), LOSSES[name](line)) - 0.1
 
 
 @every_loss
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_extreme_input_stays_finite_and_nan_stays_nan(name, dtype):
-    zs = normal(2, 32, 12).to(dtype)
-    for extreme in (zs[:, :1].expand_as(zs), 0 * zs[:, :2], 1e4 * zs, 1e-4 * zs, zs[:, :2]):
+def test_extreme_input_stays_finite_and_nan_stays_nan(name):
+    zs = normal(2, 32, 12).float()
+    for extreme in (zs[:, :1].expand_as(zs), 0 * zs[:, :2], 1e4 * zs):
         leaf = extreme.clone().requires_grad_()
         loss = LOSSES[name](leaf)
         assert (loss + gradient(loss, leaf)).isfinite().all()
@@ -236,24 +187,20 @@ def test_extreme_input_stays_finite_and_nan_stays_nan(name, dtype):
     assert LOSSES[name](zs).isnan()
 
 
-def rank_after_training(loss_of):
-    """The effective rank of embeddings (128, 32) of noisy points after a short training."""
+def test_training_keeps_the_rank_and_without_what_spreads_it_collapses():
     torch.manual_seed(0)
     points = torch.randn(128, 32)
-    net = nn.Sequential(nn.Linear(32, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 32))
-    optimizer = torch.optim.Adam(net.parameters(), 0.01)
-    for _ in range(150):
-        zs = net((points + 0.3 * torch.randn(2, 128, 32)).flatten(0, 1)).view(2, 128, 32)
-        optimizer.zero_grad()
-        loss_of(zs).backward()
-        optimizer.step()
-    return common.effective_rank(zs[0].detach())
-
-
-@pytest.mark.parametrize("name", ["hsic", "corinfomax", "music", "mmd_sphere"])
-def test_training_keeps_the_rank_and_without_what_spreads_it_collapses(name):
-    collapsed = rank_after_training(lambda zs: F.mse_loss(*F.normalize(zs, dim=2)))
-    assert collapsed < 5 and rank_after_training(LOSSES[name]) > 15
+    ranks = []
+    for loss_of in [lambda zs: F.mse_loss(*F.normalize(zs, dim=2)), *LOSSES.values()]:
+        net = torch.nn.Linear(32, 32)
+        optimizer = torch.optim.Adam(net.parameters(), 0.01)
+        for _ in range(100):
+            zs = net(points + 0.3 * torch.randn(2, 128, 32))
+            optimizer.zero_grad()
+            loss_of(zs).backward()
+            optimizer.step()
+        ranks.append(common.effective_rank(zs[0].detach()))
+    assert ranks[0] < 5 and min(ranks[1:]) > 15
 
 
 def test_corinfomax_survives_a_long_time_near_collapse_with_fewer_images_than_dimensions():
@@ -267,69 +214,59 @@ def test_corinfomax_survives_a_long_time_near_collapse_with_fewer_images_than_di
 
 @pytest.mark.parametrize("kernel", ["imq", "gaussian"])
 def test_features_converge_to_the_kernel_at_rate_one_over_root_f(kernel):
-    z = F.normalize(normal(1, 40, 32), dim=2)
+    z = F.normalize(normal(40, 32), dim=1)
     errors = []
     for f in (1024, 16384):
-        phi = hsic.random_features(z[0], *hsic.sample_features(32, f, kernel, 0, 0), 0.6)
+        phi = hsic.random_features(z, *hsic.sample_features(32, f, kernel, 0, 0), 0.6)
         errors.append((phi @ phi.mT - gram_matrix(z, kernel)).norm() / 40)
-    assert errors[1] < 0.01 and 2.5 < errors[0] / errors[1] < 6.5  # 4 in expectation
+    assert 2.5 < errors[0] / errors[1] < 6.5  # 4 in expectation
 
 
-def test_features_are_a_function_of_seed_step_and_draw_and_over_steps_give_the_loss_of_the_kernel():
+def test_features_are_a_function_of_seed_step_and_draw():
     keys = 2 * list(itertools.product((0, 1), repeat=3))
     omegas = [hsic.sample_features(8, 16, "imq", seed, step, draw=draw)[0] for seed, step, draw in keys]
     assert len(torch.stack(omegas).unique(dim=0)) == 8
-    zs = normal(64, 16) + 0.3 * normal(2, 64, 16, seed=1)
-    losses = [hsic.hsic_loss(zs, 0.7, f=64, step=step)[0] for step in range(400)]
-    assert_near(sum(losses) / 400, hsic.hsic_loss(zs, 0.7, f=0)[0], 0.01)
 
 
 @pytest.mark.parametrize("kernel", ["imq", "gaussian"])
 def test_adaptive_scale_is_of_pairs_of_all_views_and_images_and_adam_goes_there(kernel):
-    angle = torch.linspace(0, math.pi, 150).view(3, 50)
-    half_circle = torch.stack([angle.cos(), angle.sin()], 2)
+    zs = 3 * torch.eye(6).view(3, 2, 6)
     adaptive, adam = hsic.KernelScale(kernel, "adaptive"), hsic.KernelScale(kernel, "adam")
-    r2 = adaptive.squared_distances(half_circle, 0, 0)
-    assert len(r2) == 1024 and abs(r2.mean() - (2 - 8 / math.pi**2)) < 0.1
-    adam.optimizer.param_groups[0]["lr"] = 0.02
+    r2 = adaptive.squared_distances(zs, 0, 0)
+    assert len(r2) == 1024 and abs(r2.mean() - 5 / 3) < 0.1
+    common.set_lr(adam.optimizer, 0.02)
     for _ in range(200):
-        c = adam(half_circle, 0, 0)
+        c = adam(zs, 0, 0)
         adam.optimizer.step()
-    assert_near(c, adaptive(half_circle, 0, 0), 0.001)
+    assert abs(c - adaptive(zs, 0, 0)) < 0.001
 
 
-@pytest.mark.parametrize("f", [0, 2048])
-def test_dependence_is_near_0_when_z_ignores_identity_and_largest_when_views_coincide(f):
-    a, b = normal(2, 256, 64)
-    dependences = []
-    for share in (0, 0.5, 1):
-        zs = torch.stack([a, share * a + math.sqrt(1 - share**2) * b])
-        dependences.append(hsic.hsic_loss(zs, f=f)[1]["dependence"])
-    assert abs(dependences[0]) < 0.006 and dependences == sorted(dependences)
-    assert_near(dependences[2], 1 - 3**-0.5, 0.01)  # k at distance 0 less k at root 2
+def test_dependence_is_near_0_when_z_ignores_identity_and_largest_when_views_coincide():
+    zs = normal(2, 256, 64)
+    _, ignorant = hsic.hsic_loss(zs, f=0)
+    _, coincident = hsic.hsic_loss(zs[:1].expand_as(zs), f=0)
+    assert abs(ignorant["dependence"]) < 0.006
+    assert abs(coincident["dependence"] - 0.4226) < 0.01  # k at distance 0 less k at root 2
 
 
 def test_dependence_of_a_small_kernel_is_infonce_to_second_order():
     """-InfoNCE = E_pos[tau k] - E_all[tau k] - 1/2 E_i Var_j[tau k] + O(tau^3), over the same batch."""
-    zs = normal(64, 16) + 0.5 * normal(2, 64, 16, seed=1)
+    zs = normal(2, 64, 16)
     dependence = hsic.hsic_loss(zs, 0.6, f=0)[1]["dependence"]
-    rest = []
-    for tau in (0.2, 0.1):
-        k = tau * gram_matrix(zs, "imq")
-        minus_infonce = k.diagonal(64).mean() - k.exp().mean(1).log().mean()
-        rest.append(minus_infonce - tau * dependence + k.var(1, correction=0).mean() / 2)
-    assert 6 < rest[0] / rest[1] < 10
+    k = 0.1 * gram_matrix(F.normalize(zs, dim=2).flatten(0, 1), "imq")
+    minus_infonce = k.diagonal(64).mean() - k.exp().mean(1).log().mean()
+    second_order = 0.1 * dependence - k.var(1, correction=0).mean() / 2
+    assert abs(minus_infonce - second_order) < 1e-6
 
 
 def test_corinfomax_prefers_a_round_covariance_of_the_same_trace():
-    z = normal(40, 5)
-    ball = torch.linalg.qr(z - z.mean(0))[0]
-    ellipsoids = [F.normalize(ball @ A, dim=(0, 1)) for A in (torch.eye(5).double(), *normal(20, 5, 5))]
-    losses = [corinfomax.CorInfoMax(5, 0.0)(z, z, 0.0)[0] for z in ellipsoids]
-    assert losses[0] < min(losses[1:])
+    ellipsoid = normal(40, 5)
+    ball = torch.linalg.qr(ellipsoid)[0] * ellipsoid.norm() / 5**0.5
+    criterion = corinfomax.CorInfoMax(5, 0.0, 1.0)  # of z^T z / N
+    assert criterion(ball, ball, 0.0)[0] < criterion(ellipsoid, ellipsoid, 0.0)[0]
 
 
 def test_music_reaches_its_bound_on_a_full_factorial_design():
     codes = torch.tensor(list(itertools.product(range(3), repeat=3)))
     design = 60 * F.one_hot(codes, 3).double().flatten(1)  # so confident that the softmax is one-hot
-    assert_near(music.music_loss(design, design, 3)[0], -3 * math.log(3))
+    assert music.music_loss(design, design, 3)[0].item() == pytest.approx(-3 * math.log(3))
