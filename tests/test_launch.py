@@ -28,7 +28,7 @@ def submitted(name, *flags):
 
 
 SEES = "import os\nprint('sees', os.environ.get('CUDA_VISIBLE_DEVICES'))\n"
-SWEEP = ["--sweep", "lr=1e-3,2e-3", "weights=1 0 1", "zero-init=true"]
+SWEEP = ["--sweep", "batch-size=4096,8,16", "weights=1 0 1", "zero-init=true"]  # the first point fails
 
 
 @pytest.mark.parametrize("submit", ["", "local", pytest.param("slurm", marks=pytest.mark.slurm)])
@@ -44,15 +44,16 @@ def test_a_sweep_of_a_fork_runs_every_point_with_the_code_as_it_was(submit, tmp_
         mine.write_text("raise RuntimeError('changed since')")
     else:
         monkeypatch.setattr(sys, "argv", [str(mine), *map(str, flags)])
-        common.launch(music.main, music.get_args)
-    for lr in ("1e-3", "2e-3"):
-        point = out / f"lr={lr},weights=1_0_1,zero-init=true"
-        wait_for(point, 3, "knn")
+        with pytest.raises(SystemExit, match="1"):
+            common.launch(music.main, music.get_args)
+    for batch_size in (8, 16):
+        point = out / f"batch-size={batch_size},weights=1_0_1,zero-init=true"
+        wait_for(point, 48 // batch_size, "knn")
         args = json.loads((point / "args.json").read_text())
-        assert args["lr"] == float(lr) and args["weights"] == [1, 0, 1] and args["zero_init"]
+        assert args["batch_size"] == batch_size and args["weights"] == [1, 0, 1] and args["zero_init"]
         assert "changed since" not in (point / "mine.py").read_text()
     if submit == "local":  # submitit would show it GPU 0, whatever its caller sees
-        assert Path(jobs[0][2]).read_text().count("sees 5,3") == 2
+        assert Path(jobs[0][2]).read_text().count("sees 5,3") == 3
 
 
 def test_help_shows_the_flags_of_script_and_launch(monkeypatch, capsys):
