@@ -93,7 +93,7 @@ def on_rank(rank, world, store, function, args):
     leave_ranks()  # of the call before
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     try:
-        return pickle.dumps(tree_map_only(torch.Tensor, torch.Tensor.detach, function(*args)))
+        return pickle.dumps(tree_map_only(torch.Tensor, lambda x: x.detach().clone(), function(*args)))
     except BaseException:
         leave_ranks()  # the others are not to wait for this one
         raise

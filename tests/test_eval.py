@@ -182,33 +182,6 @@ def test_a_recipe_is_flags_that_others_override():
     assert [ev.schedule(args, step, 40, 0.5) for step in (9, 10, 20, 39)] == [1, 0.5, 0.25, 0.125]
 
 
-BAD = {
-    "--data {data}/train": "has no test images",
-    "--backbone {tmp}/none": "No such file",
-    "--backbone {tmp}/bomb": "cannot be read as weights (UnpicklingError",
-    "--backbone {tmp}/another": "no whole ResNet of torchvision: 'features.0.weight'",
-    "--backbone {tmp}/damaged": "wrong checksum",
-    "--arch vit_b_16": "vit_b_16",
-    "--mode knn,linear": "--mode knn,linear: choose from",
-    "--labels many": "--labels many is neither",
-    "--mode cached --batch-size 46": "46 is more than the 44 images",
-    "--mode cached --labels 5 --batch-size 2": "leaves none to choose on",
-    "--out {data}": "neither empty nor a run",
-}
-
-
-@pytest.mark.parametrize("flags", BAD)
-def test_wrong_use_is_answered_in_a_sentence_and_leaves_nothing(flags, tmp_path, folder, capsys):
-    torch.save(os.system, tmp_path / "bomb")
-    torch.save({"features.0.weight": torch.zeros(999)}, tmp_path / "another")
-    content = (tmp_path / "another").read_bytes()
-    (tmp_path / "damaged").write_bytes(content.replace(bytes(999), b"1" * 999, 1))
-    assert evaluate(flags.format(data=folder, tmp=tmp_path), folder, tmp_path / "out") == 2
-    last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "error: " in last and BAD[flags] in last
-    assert not (tmp_path / "out").exists()
-
-
 def test_the_lines_of_the_readme_for_detection_and_segmentation_run(tmp_path, monkeypatch):
     readme = (ROOT / "README.md").read_text().partition("detection and segmentation:\n")[2]
     torch.save(common.resnet("resnet50")[0].state_dict(), tmp_path / "backbone.pth")

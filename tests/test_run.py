@@ -1,5 +1,6 @@
 """A run as a user meets it: wrong use, what it leaves, kill and resume, what is not finite, forks."""
 
+import importlib
 import json
 import os
 import runpy
@@ -19,42 +20,60 @@ import common
 import music
 
 FLAGS = ["--segment", "4", "--epochs", "1"]
+EVALUATION = "--backbone random --arch resnet18 --size 16 --device cpu --batch-size 16".split()
 WRONG = {
-    "--data /no/such": "/no/such",
-    "--data {tmp}/empty": "no images",
-    "--data {folder} --batch-size 4096": "4096 is more than the 48",
-    "--batch-size 1": "1 is not between 2",
-    "--lr nan": "nan",
-    "--data=": "--data is empty",
-    "--recipe nope": "nope",
-    "--data cifar10:{tmp}/file": "cifar10",
-    "--arch vit_b_16": "vit_b_16",
-    "--device cuda:7": "cuda:7",
-    "--epoch 3": "--epoch",
-    "--segment 5": "16 is not a multiple of --segment 5",
-    "--compile --micro-batch 4": "--micro-batch 4",
-    "--out {folder}": "neither empty nor a run",
-    "--out {tmp}/file": "neither empty nor a run",
-    "--init {tmp}/file": "--init",
-    "--sweep lr": "give flag=value,value",
-    "--sweep lr=0.1,nan": "nan",
-    "--submit local --nodes 2": "only one node",
-    "--gpus 8": "--gpus 8 is for jobs",
+    "music --data /no/such": "/no/such",
+    "music --data {tmp}/empty": "no images",
+    "music --data {folder} --batch-size 4096": "4096 is more than the 48",
+    "music --batch-size 1": "1 is not between 2",
+    "music --lr nan": "nan",
+    "music --data=": "--data is empty",
+    "music --recipe nope": "nope",
+    "music --data cifar10:{tmp}/file": "cifar10",
+    "music --arch vit_b_16": "vit_b_16",
+    "music --device cuda:7": "cuda:7",
+    "music --epoch 3": "--epoch",
+    "music --segment 5": "16 is not a multiple of --segment 5",
+    "music --compile --micro-batch 4": "--micro-batch 4",
+    "music --out {folder}": "neither empty nor a run",
+    "music --out {tmp}/file": "neither empty nor a run",
+    "music --init {tmp}/file": "--init",
+    "music --sweep lr": "give flag=value,value",
+    "music --sweep lr=0.1,nan": "nan",
+    "music --submit local --nodes 2": "only one node",
+    "music --gpus 8": "--gpus 8 is for jobs",
+    "eval_linear --data {folder}/train": "has no test images",
+    "eval_linear --backbone {tmp}/none": "No such file",
+    "eval_linear --backbone {tmp}/bomb": "cannot be read as weights (UnpicklingError",
+    "eval_linear --backbone {tmp}/another": "no whole ResNet of torchvision: 'features.0.weight'",
+    "eval_linear --backbone {tmp}/damaged": "wrong checksum",
+    "eval_linear --arch vit_b_16": "vit_b_16",
+    "eval_linear --mode knn,linear": "--mode knn,linear: choose from",
+    "eval_linear --data {folder} --labels many": "--labels many is neither",
+    "eval_linear --data {folder} --mode cached --batch-size 46": "46 is more than the 44 images",
+    "eval_linear --data {folder} --mode cached --labels 5 --batch-size 2": "leaves none to choose on",
+    "eval_linear --out {folder}": "neither empty nor a run",
 }
 
 
-@pytest.mark.parametrize("flags", WRONG)
-def test_wrong_use_is_one_sentence_exit_2_and_nothing_left(flags, tmp_path, folder, capsys, monkeypatch):
+@pytest.mark.parametrize("command", WRONG)
+def test_wrong_use_is_one_sentence_exit_2_and_nothing_left(command, tmp_path, folder, capsys, monkeypatch):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")
-    argv = f"music.py --segment 4 --out {tmp_path}/out {flags}".format(folder=folder, tmp=tmp_path).split()
-    monkeypatch.setattr(sys, "argv", argv[:1] + TINY + argv[1:])
+    torch.save(os.system, tmp_path / "bomb")
+    torch.save({"features.0.weight": torch.zeros(999)}, tmp_path / "another")
+    content = (tmp_path / "another").read_bytes()
+    (tmp_path / "damaged").write_bytes(content.replace(bytes(999), b"1" * 999, 1))
+    name, *flags = command.format(folder=folder, tmp=tmp_path).split()
+    module = importlib.import_module(name)
+    usual = [*TINY, "--segment", "4"] if module is music else EVALUATION
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *usual, "--out", f"{tmp_path}/out", *flags])
     monkeypatch.setattr(common.multiprocessing, "active_children", list)  # ranks of other tests
     with pytest.raises(SystemExit, match="2"):
-        common.launch(music.main, music.get_args)
+        common.launch(module.main, module.get_args)
     last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert last.startswith("music.py: error: ") and WRONG[flags] in last
-    assert {path.name for path in tmp_path.rglob("*")} == {"empty", "file"}
+    assert last.startswith(f"{name}.py: error: ") and WRONG[command] in last
+    assert {path.name for path in tmp_path.rglob("*")} == {"empty", "file", "bomb", "another", "damaged"}
 
 
 def test_what_a_run_leaves_and_that_the_same_command_changes_nothing(tmp_path, folder, capsys):
@@ -170,33 +189,26 @@ def test_three_signals_save_at_the_step_and_the_end_is_as_undisturbed(tmp_path, 
     assert same(state_of(tmp_path / "out"), state_of(tmp_path / "whole"))
 
 
-def spoil_gradient(net, out):
-    next(net.parameters()).grad[0] = torch.nan
+FAULTS = {  # what is said; the step, and what happens in it
+    "step 3: online.backbone.conv1.weight is not finite": (
+        3,
+        lambda net, out: net.backbone.conv1.weight.grad.fill_(torch.nan),
+    ),
+    "step 3: the loss (with terms {'within'": (
+        2,
+        lambda net, out: net.register_forward_hook(lambda net, xs, made: (made[0], made[1] * torch.nan)),
+    ),
+    "another run was started": (3, lambda net, out: (out / "token").write_text("another's")),
+}
 
 
-def spoil_next_loss(net, out):
-    net.register_forward_hook(lambda net, xs, made: (made[0], made[1] * torch.nan))
-
-
-def start_another(net, out):
-    (out / "token").write_text("another's")
-
-
-FAULTS = [
-    (spoil_gradient, 3, "step 3: online.backbone.conv1.weight is not finite"),
-    (spoil_next_loss, 2, "step 3: the loss (with terms {'within'"),
-    (start_another, 3, "another run was started"),
-]
-
-
-@pytest.mark.parametrize("fault, step, part", FAULTS)
-def test_a_save_refuses_what_is_not_finite_or_not_this_runs(
-    fault, step, part, tmp_path, folder, monkeypatch, capsys
-):
+@pytest.mark.parametrize("said", FAULTS)
+def test_a_save_refuses_what_is_not_finite_or_not_this_runs(said, tmp_path, folder, monkeypatch, capsys):
+    step, fault = FAULTS[said]
     at_step(step, lambda net: fault(net, tmp_path), monkeypatch)
     flags = ["--data", folder, "--segment", "4", "--batch-size", "48", "--epochs", "4"]  # a save each step
     assert train(*flags, "--out", tmp_path) == 2
-    assert state_of(tmp_path)["step"] == 2 and part in capsys.readouterr().err
+    assert state_of(tmp_path)["step"] == 2 and said in capsys.readouterr().err
 
 
 def test_damaged_checkpoints_fall_back_or_are_refused(tmp_path, folder, capsys):
