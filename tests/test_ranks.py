@@ -162,4 +162,4 @@ def test_steps_and_a_resume_on_other_ranks_are_those_of_one_process(on_ranks, fo
     on_ranks(run, 2, tmp_path / "two", *flags)
     (tmp_path / "two" / "checkpoint.pt").unlink()
     two = run(tmp_path / "two", *flags)
-    assert (two - one).norm() < min(1e-4 * one.norm(), 0.02 * (one[1] - one[0]).norm())
+    assert (two - one).norm() < min(1e-4 * one.norm(), 0.05 * (one[1] - one[0]).norm())
