@@ -5,11 +5,13 @@ import json
 import multiprocessing
 import os
 import pickle
+import runpy
 import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -18,52 +20,78 @@ from torch.utils._pytree import tree_map_only
 from torchvision.transforms.functional import to_pil_image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import common
 import music
-from common import leave_ranks
 
 ROOT = Path(music.__file__).parent
 FORKSERVER = multiprocessing.get_context("forkserver")  # which imports torch once
 FORKSERVER.set_forkserver_preload(["torch", "torchvision", "torch.utils.tensorboard", "submitit"])
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
+os.environ["OMP_NUM_THREADS"] = "1"  # in other processes
 TINY = """--recipe demo --arch resnet18 --stem imagenet --size 16 --batch-size 16 --epochs 2 --device cpu
     --precision fp32 --hidden 32 --dim 16 --views byol --log-every 1 --knn-every 0 --warmup 0.5
     --workers 0""".split()
+EVALUATION = """--backbone random --arch resnet18 --size 16 --device cpu --precision fp32 --workers 0
+    --batch-size 16 --epochs 2 --log-every 1""".split()
 
 
-def script(name, *flags, timeout=240, env=()):
+def script(path, *flags):
     """Run a script as a user would, in its own process; the result has the text of stdout and stderr."""
-    command = [sys.executable, str(ROOT / name), *map(str, flags)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **dict(env)}
-    return subprocess.run(command, cwd=ROOT, timeout=timeout, capture_output=True, text=True, env=env)
+    return subprocess.run([sys.executable, ROOT / path, *flags], timeout=240, capture_output=True, text=True)
 
 
-def train(*flags, module=music):
-    """A tiny run of a method in this process; its exit code, or 0."""
+def exit_code(function):
+    """That of a script whose end is this call; 0 where the call returns."""
     try:
-        module.main(module.get_args([*TINY, *map(str, flags)]))
+        function()
     except SystemExit as end:
         return end.code
     finally:
-        leave_ranks()  # as the end of a process does
+        common.leave_ranks()  # as the end of a process does
     return 0
 
 
-def read_log(out):
-    return [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
+def launch(path, *flags):
+    """Run a script in this process as from a shell; its exit code."""
+    argv = patch.object(sys, "argv", list(map(str, [path, *flags])))
+    with argv, patch.object(multiprocessing, "active_children", list):  # which are ranks of other tests
+        return exit_code(lambda: runpy.run_path(str(ROOT / path), run_name="__main__"))
+
+
+def train(*flags, module=music, usual=TINY):
+    """A tiny run of a method in this process; its exit code."""
+    return exit_code(lambda: module.main(module.get_args([*usual, *map(str, flags)])))
+
+
+def start(path, *flags):
+    """A process which runs a script, with torch imported already."""
+    process = FORKSERVER.Process(target=launch, args=(path, *TINY, *flags))
+    process.start()
+    return process
+
+
+def signals(number):
+    """Within, a run gets a signal in each of its steps."""
+    return patch.object(common.Log, "due", lambda *_: os.kill(os.getpid(), number))
+
+
+def read_log(out, name="log.jsonl"):
+    return [json.loads(line) for line in Path(out, name).read_text().splitlines()]
 
 
 def state_of(out):
     return torch.load(Path(out, "checkpoint.pt"), weights_only=True)
 
 
-def wait_for(out, step, key, seconds=300):
+def wait_for(out, step, key):
     """Until the last record of a run's log has `key`, at `step` or later."""
-    begun, record = time.monotonic(), {"step": -1}
-    while record["step"] < step or key not in record:
-        assert time.monotonic() - begun < seconds, f"{out} is at {record}"
+    for _ in range(6000):
         time.sleep(0.05)
         with contextlib.suppress(OSError, ValueError, IndexError):  # not there, or written right now
             record = read_log(out)[-1]
+            if record["step"] >= step and key in record:
+                return
+    pytest.fail(f"{out} is not at step {step} after five minutes")
 
 
 def same(a, b):
@@ -79,7 +107,7 @@ def make_folder(root, count, size=(20, 24), splits=("train", "val"), classes=("a
         for c, name in enumerate(classes):
             folder = Path(root, split, name)
             folder.mkdir(parents=True, exist_ok=True)
-            ramp = torch.linspace(0, 0.5, size[1]) * min(1, (c + 1) / 2)
+            ramp = torch.linspace(0, (c + 1) / 4, size[1])
             for i in range(count):
                 image = torch.rand(3, *size, generator=generator) * 0.5 + ramp
                 to_pil_image(image).save(folder / f"{i:03}.jpg")
@@ -89,28 +117,25 @@ def make_folder(root, count, size=(20, 24), splits=("train", "val"), classes=("a
 def on_rank(rank, world, store, function, args):
     """In a rank's process: the result of a function in a new process group, by value."""
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
-    torch.set_num_threads(1)
-    leave_ranks()  # of the call before
+    common.leave_ranks()  # of the call before
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     try:
         return pickle.dumps(tree_map_only(torch.Tensor, lambda x: x.detach().clone(), function(*args)))
     except BaseException:
-        leave_ranks()  # the others are not to wait for this one
+        common.leave_ranks()  # the others are not to wait for this one
         raise
 
 
 @pytest.fixture(scope="session")
 def on_ranks(tmp_path_factory):
     """on_ranks(function, world, *args): the results of function(*args) on real processes, in rank order."""
-    ranks = {}
+    processes = [ProcessPoolExecutor(1, FORKSERVER) for _ in range(4)]  # each starts when it is needed
 
     def call(function, world, *args):
-        if world not in ranks:
-            ranks[world] = [ProcessPoolExecutor(1, FORKSERVER) for _ in range(world)]
         store = tmp_path_factory.mktemp("ranks") / "store"
         answers = []
-        for rank, process in enumerate(ranks[world]):
-            answers.append(process.submit(on_rank, rank, world, store, function, args))
+        for rank in range(world):
+            answers.append(processes[rank].submit(on_rank, rank, world, store, function, args))
         return [pickle.loads(answer.result()) for answer in answers]
 
     return call

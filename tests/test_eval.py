@@ -1,41 +1,30 @@
 """Evaluations: classifiers against naive ones, choices that never see test images, checkpoints, wrong use."""
 
 import argparse
-import json
-import os
+import itertools
 import shutil
+import signal
 import textwrap
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, make_folder, same, state_of
+from conftest import EVALUATION, ROOT, make_folder, read_log, same, signals, state_of, train
 
 import common
 import eval_linear as ev
 
-FLAGS = """--backbone random --arch resnet18 --size 16 --device cpu --precision fp32 --workers 0
-    --batch-size 16 --epochs 2 --log-every 1"""
-
 
 def evaluate(flags, data, out):
-    """Run an evaluation in this process; its exit code, 0 where it does not exit."""
-    try:
-        ev.main(ev.get_args(f"{FLAGS} --data {data} --out {out} {flags}".split()))
-    except SystemExit as end:
-        return end.code
-    return 0
-
-
-def records(out, field):
-    """A field of the record of each mode."""
-    return [json.loads(line)[field] for line in (out / "results.jsonl").read_text().splitlines()]
+    """Run an evaluation in this process; its exit code."""
+    return train("--data", data, "--out", out, *flags.split(), module=ev, usual=EVALUATION)
 
 
 def problem(n):
     """Features (n, 6) and labels of four overlapping classes."""
     y = torch.arange(n) % 4
-    return 3 * F.one_hot(y, 6) + 2 * torch.randn(n, 6, generator=torch.Generator().manual_seed(n)), y
+    noise = torch.randn(n, 6, generator=torch.Generator().manual_seed(n))
+    return 3 * F.one_hot(y, 6) + 2 * noise, y
 
 
 def test_heads_trained_at_once_are_those_trained_one_at_a_time(tmp_path, monkeypatch):
@@ -43,12 +32,11 @@ def test_heads_trained_at_once_are_those_trained_one_at_a_time(tmp_path, monkeyp
     monkeypatch.setattr(ev, "kept_features", lambda *_: (h.float(), y))
     images = common.Images(h, y, list("abcd"), "")
     grid = f"--lr 0.01 0.3 2 --wd 0 0.1 --warmup-steps 3 --batch-size 32 --epochs 9 --out {tmp_path}"
-    args, data = ev.plan(ev.get_args(f"{FLAGS} {grid}".split()), "cached", images, images)
+    args, data = ev.plan(ev.get_args([*EVALUATION, *grid.split()]), "cached", images, images)
     net, device = argparse.Namespace(inplanes=6), common.start(args, ev.__file__)
     ev.train(args, net, data, device)
     heads = state_of(tmp_path / "cached")["online"]["1.weight"].unbind(1)
-    points = [(lr, wd) for lr in args.lr for wd in args.wd]
-    for (lr, wd), head in zip(points, heads, strict=True):
+    for (lr, wd), head in zip(itertools.product(args.lr, args.wd), heads, strict=True):
         weight = torch.zeros(4, 7, requires_grad=True)
         optimizer = torch.optim.SGD([weight], momentum=0.9, weight_decay=wd)
         for step, x, labels in ev.training_batches(args, net, data, device, 0, 9):
@@ -56,7 +44,7 @@ def test_heads_trained_at_once_are_those_trained_one_at_a_time(tmp_path, monkeyp
             optimizer.zero_grad()
             F.cross_entropy(ev.with_one(x) @ weight.mT, labels).backward()
             optimizer.step()
-        torch.testing.assert_close(weight.detach(), head, rtol=0, atol=1e-5)
+        torch.testing.assert_close(weight, head, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("penalty", [10.0, 1e-3, 1e-7])
@@ -73,7 +61,7 @@ def test_knn_is_a_loop_over_images():
     (bank, labels), (h, _) = problem(40), problem(9)
     expected = torch.zeros(9, 4)
     for query, votes in zip(h, expected, strict=True):
-        cosine = F.cosine_similarity(query[None], bank)
+        cosine = F.cosine_similarity(query, bank)
         for i in cosine.argsort()[-5:]:
             votes[labels[i]] += (cosine[i] / 0.07).exp()
     similarity, rows = common.nearest(h, bank, 5)
@@ -86,32 +74,35 @@ def test_knn_is_a_loop_over_images():
 def test_two_ranks_find_what_one_finds(tmp_path, on_ranks):
     data = make_folder(tmp_path / "data", 12)
     (data / "val/b/000.jpg").rename(data / "train/a/x.jpg")  # 23 test images: 12 and 11 on two ranks
-    flags, one, two = "--mode knn,cached --k 1 4", tmp_path / "1/out", tmp_path / "2/out"
-    assert evaluate(flags, data, one) == 0 and on_ranks(evaluate, 2, flags, data, two) == [0, 0]
-    torch.testing.assert_close(records(two, "results"), records(one, "results"), rtol=0, atol=1e-4)
+    flags = "--mode knn,cached --k 1 4"
+    one, two = tmp_path / "1/out", tmp_path / "2/out"
+    assert evaluate(flags, data, one) == 0
+    assert on_ranks(evaluate, 2, flags, data, two) == [0, 0]
+    for found, expected in zip(read_log(two, "results.jsonl"), read_log(one, "results.jsonl"), strict=True):
+        torch.testing.assert_close(found["results"], expected["results"], rtol=0, atol=1e-4)
 
 
 def test_other_test_labels_change_the_accuracy_but_not_what_is_chosen(tmp_path):
-    data, right, wrong = make_folder(tmp_path / "data", 24), tmp_path / "right", tmp_path / "wrong"
+    data = make_folder(tmp_path / "data", 24)
+    right, wrong = tmp_path / "right", tmp_path / "wrong"
     assert evaluate("--mode cached,lbfgs", data, right) == 0
     (data / "val/b").rename(data / "val/a/b")  # all images have the label of a
     assert evaluate("--mode cached,lbfgs", data, wrong) == 0
-    assert records(right, "grid") == records(wrong, "grid")
-    assert [len(grid) for grid in records(right, "grid")] == [45, 45]
-    for result, other in zip(records(right, "results"), records(wrong, "results"), strict=True):
-        ((name, good),) = result.items()
-        assert good["top1"] > 90 and other[name]["top1"] < 60
+    for before, after in zip(read_log(right, "results.jsonl"), read_log(wrong, "results.jsonl"), strict=True):
+        assert before["grid"] == after["grid"] and len(before["grid"]) == 45
+        ((name, accuracies),) = before["results"].items()
+        assert accuracies["top1"] > 90
+        assert after["results"][name]["top1"] < 60
 
 
 NET, OTHER = common.resnet("resnet34", "cifar")[0], common.resnet("resnet18")[0]
-CHILDREN = torch.nn.Sequential(*list(NET.children())[:-1])
+CHILDREN = torch.nn.Sequential(*NET.children())
 LAYOUTS = {  # where in a file, under which prefix, are the published weights; and others
     "torchvision": "/",
     "moco": "state_dict/module.encoder_q. state_dict/module.encoder_k.",
     "moco v3": "state_dict/module.base_encoder. state_dict/module.momentum_encoder.",
     "dino": "teacher/backbone. student/module.backbone.",
     "corinfomax": "model_state_dict/backbone.",
-    "swav": "/module.",
     "lightly": "state_dict/backbone.",
     "lightly, alone": "/",
     "our checkpoint": "average/ online/backbone.",
@@ -134,16 +125,16 @@ def test_the_published_resnet_is_found_in_a_checkpoint(name, tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["crops", "finetune"])
-def test_an_interrupted_evaluation_ends_bit_for_bit_as_one_that_was_not(mode, tmp_path, folder, monkeypatch):
-    flags, out, whole = f"--mode {mode} --ema 0.9", tmp_path / "out", tmp_path / "whole"
+def test_an_interrupted_evaluation_ends_bit_for_bit_as_one_that_was_not(mode, tmp_path, folder):
+    flags = f"--mode {mode} --ema 0.9"
+    out, whole = tmp_path / "out", tmp_path / "whole"
     assert evaluate(flags, folder, whole) == 0
-    with monkeypatch.context() as patch:  # a signal comes at the first step
-        patch.setattr(common.Log, "due", lambda *_: os.kill(os.getpid(), 15))
+    with signals(signal.SIGTERM):
         assert evaluate(flags, folder, out) == 0 and not (out / "results.jsonl").exists()
     assert evaluate(flags, folder, out) == 0
     assert same(state_of(out / mode), state_of(whole / mode))
+    assert read_log(out, "results.jsonl")[0]["results"] == read_log(whole, "results.jsonl")[0]["results"]
     assert [group["peak"] for group in state_of(out / mode)["optimizer"]["param_groups"]] == [1.0, 0.01]
-    assert records(out, "results") == records(whole, "results")
     assert evaluate(f"--backbone {out}/{mode}/model.pth --mode knn", folder, tmp_path / "again") == 0
 
 
@@ -166,12 +157,12 @@ def test_data_sets_of_torchvision_are_read_by_their_public_interface_and_in_part
     (root / "labels").mkdir()
     for i, split in enumerate(("train", "val", "test")):
         (root / f"labels/{split}1.txt").write_text(f"a/00{i}.jpg\nb/00{i + 3}.jpg")
-    train, test = ev.open_files("dtd", str(tmp_path))
-    assert train.labels.tolist() == [0, 1, 0, 1] and train.classes == ["a", "b"]
-    assert test.data[1].endswith(b"b/005.jpg") and test.read(1).shape == (3, 20, 24)
+    images, test = ev.open_files("dtd", str(tmp_path))
+    assert images.labels.tolist() == [0, 1, 0, 1] and images.classes == ["a", "b"]
+    assert test.data[1].endswith(b"b/005.jpg")
     for labels, rows in (("50", [2, 3]), (root / "labels/train1.txt", [0, 1])):  # per cent; a list
         args = argparse.Namespace(labels=str(labels), seed=0)
-        assert ev.labelled_rows(train, args).tolist() == rows
+        assert ev.labelled_rows(images, args).tolist() == rows
 
 
 def test_a_recipe_is_flags_that_others_override():

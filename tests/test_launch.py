@@ -9,15 +9,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from unittest.mock import Mock
+from unittest.mock import Mock, patch
 
 import pytest
-from conftest import ROOT, TINY, same, script, state_of, train, wait_for
+from conftest import ROOT, TINY, launch, same, script, state_of, train, wait_for
 
 import common
-import music
 
-RUN = [*TINY, "--segment", "4", "--epochs", "1"]
+RUN = [*TINY, "--epochs", "1"]
 
 
 def submitted(name, *flags):
@@ -43,9 +42,7 @@ def test_a_sweep_of_a_fork_runs_every_point_with_the_code_as_it_was(submit, tmp_
         assert len({number.split("_")[0] for number, _, _ in jobs}) == 1  # a job array, or one job
         mine.write_text("raise RuntimeError('changed since')")
     else:
-        monkeypatch.setattr(sys, "argv", [str(mine), *map(str, flags)])
-        with pytest.raises(SystemExit, match="1"):
-            common.launch(music.main, music.get_args)
+        assert launch(mine, *flags) == 1
     for batch_size in (8, 16):
         point = out / f"batch-size={batch_size},weights=1_0_1,zero-init=true"
         wait_for(point, 48 // batch_size, "knn")
@@ -56,32 +53,28 @@ def test_a_sweep_of_a_fork_runs_every_point_with_the_code_as_it_was(submit, tmp_
         assert Path(jobs[0][2]).read_text().count("sees 5,3") == 3
 
 
-def test_help_shows_the_flags_of_script_and_launch(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["music.py", "--help"])
-    common.launch(music.main, music.get_args)
+def test_help_shows_the_flags_of_script_and_launch(capsys):
+    assert launch("music.py", "--help") == 0
     text = capsys.readouterr().out
     assert "--segment" in text and "--submit {slurm,local}" in text and text.count("usage:") == 1
 
 
-def test_ctrl_c_in_a_sweep_here_is_left_to_the_run_and_ends_the_sweep(tmp_path, monkeypatch):
-    def interrupted(command):
+def test_ctrl_c_in_a_sweep_here_is_left_to_the_run_and_ends_the_sweep(tmp_path):
+    def interrupted(_):
         os.kill(os.getpid(), signal.SIGINT)
         return Mock(returncode=130)
 
-    run = Mock(side_effect=interrupted)
-    monkeypatch.setattr(subprocess, "run", run)
-    monkeypatch.setattr(sys, "argv", ["music.py", *RUN, "--out", str(tmp_path), *SWEEP])
     before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(SystemExit, match="130"):
-        common.launch(music.main, music.get_args)
+    with patch.object(subprocess, "run", side_effect=interrupted) as run:
+        assert launch("music.py", *RUN, "--out", tmp_path, *SWEEP) == 130
     signal.signal(signal.SIGINT, before)
-    assert run.call_count == 1
+    run.assert_called_once()
 
 
 def test_sigterm_to_torchrun_saves_on_all_ranks_and_leaves_no_process(tmp_path, big_folder):
-    ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", ROOT / "music.py"]
-    flags = [*RUN, "--data", big_folder, "--workers", "1", "--epochs", "90", "--out", tmp_path]
-    command = list(map(str, [sys.executable, *ranks, *flags]))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [ROOT / "music.py", *RUN, "--data", big_folder, "--workers", "1", "--epochs", "90"]
+    command += ["--out", tmp_path]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     wait_for(tmp_path, 2, "loss")
     process.send_signal(signal.SIGTERM)
@@ -91,30 +84,25 @@ def test_sigterm_to_torchrun_saves_on_all_ranks_and_leaves_no_process(tmp_path, 
         os.killpg(process.pid, 0)
 
 
-JOBS = {
-    "local": ["--tasks", "2", "--sweep", "lr=1e-3,2e-3"],
-    "slurm": ["--nodes", "2", "--tasks", "2", "--minutes", "30", "--sweep", "lr=1e-3"],
-}
+LOCAL = "local --tasks 2 --sweep lr=1e-3,2e-3", "pkill -USR2 -P", 2, 2
+SLURM = "slurm --nodes 2 --tasks 2 --minutes 30 --sweep lr=1e-3", "scancel --signal=USR2", 4, 5
 
 
-@pytest.mark.parametrize("how", ["local", pytest.param("slurm", marks=pytest.mark.slurm)])
-def test_ranks_that_are_warned_save_come_back_and_end_as_if_undisturbed(how, tmp_path, folder, on_ranks):
+@pytest.mark.parametrize("job, warn, world, epochs", [LOCAL, pytest.param(*SLURM, marks=pytest.mark.slurm)])
+def test_warned_ranks_come_back_and_end_as_undisturbed(job, warn, world, epochs, tmp_path, folder, on_ranks):
     """In a sweep here they come back to the same point, and then go on to the next."""
-    epochs = {"local": 2, "slurm": 5}[how]
-    flags = [*RUN, "--data", folder, "--epochs", epochs, "--out"]
-    jobs = submitted("music.py", *flags, tmp_path / "out", "--submit", how, *JOBS[how])
+    flags = [*RUN, "--data", folder, f"--epochs={epochs}", "--out"]
+    jobs = submitted("music.py", *flags, tmp_path / "out", "--submit", *job.split())
     number, out, log = jobs[0]
     wait_for(out, 2, "loss")
-    warn = {"local": ["pkill", "-USR2", "-P", number], "slurm": ["scancel", "--signal=USR2", number]}
-    subprocess.run(warn[how], check=True)
+    subprocess.run([*warn.split(), number], check=True)
     for _, point, _ in jobs:
         wait_for(point, 3 * epochs, "knn")
     text = Path(log).read_text()
     assert "SIGUSR2: saved" in text and "resuming at step" in text
     commit = json.loads(Path(out, "args.json").read_text())["surroundings"]["commit"]
     assert commit == common.surroundings()["commit"]
-    world = state_of(out)["world"]
-    assert world == {"local": 2, "slurm": 4}[how]
+    assert state_of(out)["world"] == world
     assert on_ranks(train, world, *flags, tmp_path / "whole", "--lr", "1e-3") == [0] * world
     assert same(state_of(out), state_of(tmp_path / "whole"))
 
