@@ -1,4 +1,4 @@
-"""Evaluations: classifiers against naive ones, choices that never see test images, checkpoints, wrong use."""
+"""Evaluations: classifiers against naive ones, choices that never see test images, checkpoints."""
 
 import argparse
 import itertools

@@ -149,8 +149,8 @@ def run(out, *flags):
     rows = []
     for checkpoint in ("checkpoint-previous.pt", "checkpoint.pt"):
         state = torch.load(out / checkpoint)
-        tensors = state["online"] | state["target"]
-        rows.append(torch.cat([x.flatten() for name, x in tensors.items() if "weight" in name]))
+        tensors = [*state["online"].items(), *state["target"].items()]  # under the same names
+        rows.append(torch.cat([x.flatten() for name, x in tensors if "weight" in name]))
     return torch.stack(rows)
 
 
@@ -162,4 +162,4 @@ def test_steps_and_a_resume_on_other_ranks_are_those_of_one_process(on_ranks, fo
     on_ranks(run, 2, tmp_path / "two", *flags)
     (tmp_path / "two" / "checkpoint.pt").unlink()
     two = run(tmp_path / "two", *flags)
-    assert (two - one).norm() < min(1e-4 * one.norm(), 0.05 * (one[1] - one[0]).norm())
+    assert (two - one).norm() < min(1e-4 * one.norm(), 0.02 * (one[1] - one[0]).norm())

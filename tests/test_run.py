@@ -55,7 +55,7 @@ def test_wrong_use_is_one_sentence_exit_2_and_nothing_left(command, tmp_path, fo
     assert launch(f"{name}.py", *usual, "--out", tmp_path / "out", *flags) == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith(f"{name}.py: error: ") and WRONG[command] in last
-    assert not (tmp_path / "out").exists()
+    assert set(os.listdir(tmp_path)) == {"file", "bomb", "another", "damaged"}
 
 
 def test_what_a_run_leaves_and_that_the_same_command_changes_nothing(tmp_path, folder, capsys):
@@ -200,5 +200,5 @@ def test_demos_and_the_readmes_fork_tell_patterns_apart_far_better_than_at_first
         path = fork(tmp_path, (ROOT / "README.md").read_text().split("```diff\n")[1].split("```")[0])
     assert launch(path, "--out", tmp_path / "out") == 0 and "tensorboard" in capsys.readouterr().out
     log = read_log(tmp_path / "out")
-    assert log[0]["knn"] < 0.46 and log[-2]["rank_z"] > 8
+    assert log[0]["knn"] < 0.46 and log[-2]["rank_z"] > (16 if name == "sigreg" else 8)
     assert log[-1]["knn"] > log[0]["knn"] + DEMOS[name]
