@@ -126,8 +126,9 @@ def test_a_fork_that_clips_killed_ten_times_ends_bit_for_bit_as_one_never_stoppe
         life.kill()
         life.join()
     logs = []
+    for life in [start(mine, *flags, run) for run in (out, whole)]:
+        life.join()
     for run in (out, whole):
-        start(mine, *flags, run).join()
         logs.append([{**record, "images_per_second": 0, "seconds_waiting": 0} for record in read_log(run)])
     assert logs[0] == logs[1]
     assert same(state_of(out), state_of(whole))
@@ -166,7 +167,7 @@ def test_a_save_refuses_what_is_not_finite_or_not_this_runs(said, tmp_path, fold
 
 
 def test_damaged_checkpoints_fall_back_or_are_refused(tmp_path, folder, capsys):
-    flags = ["--data", folder, "--out", tmp_path]
+    flags = ["--data", folder, "--optimizer", "sgd", "--out", tmp_path]
     assert train(*flags) == 0
     whole = state_of(tmp_path)
     data = bytearray((tmp_path / "checkpoint.pt").read_bytes())
@@ -183,7 +184,7 @@ def test_damaged_checkpoints_fall_back_or_are_refused(tmp_path, folder, capsys):
 
 
 def test_a_run_that_collapses_says_so(tmp_path, folder, capsys):
-    flags = ["--data", folder, "--segment", "4", "--weights", "0", "0", "1", "--lr", "0.1", "--epochs", "6"]
+    flags = ["--data", folder, "--segment", "4", "--weights", "0", "0", "1", "--lr", "0.3", "--epochs", "3"]
     assert train(*flags, "--out", tmp_path) == 0
     assert "collapse: the effective rank of the embeddings is" in capsys.readouterr().err
     assert common.effective_rank(torch.eye(16).repeat(4, 1)) == pytest.approx(16)
