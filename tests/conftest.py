@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import pickle
 import runpy
-import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -33,11 +32,6 @@ TINY = """--recipe demo --arch resnet18 --stem imagenet --size 16 --batch-size 1
     --workers 0""".split()
 EVALUATION = """--backbone random --arch resnet18 --size 16 --device cpu --precision fp32 --workers 0
     --batch-size 16 --epochs 2 --log-every 1""".split()
-
-
-def script(path, *flags):
-    """Run a script as a user would, in its own process; the result has the text of stdout and stderr."""
-    return subprocess.run([sys.executable, ROOT / path, *flags], timeout=240, capture_output=True, text=True)
 
 
 def exit_code(function):
