@@ -72,7 +72,7 @@ def test_all_usual_formats_are_read_and_16_bits_are_not_clipped(name, tmp_path):
 
 def test_unreadable_images_are_skipped_and_named_and_above_1_percent_the_run_stops(tmp_path, capsys):
     make_folder(tmp_path, 64, splits=["train"])
-    args = music.get_args([*TINY, "--data", str(tmp_path), "--workers", "1"])
+    args = music.get_args([*TINY, "--data", str(tmp_path), "--workers=1"])
     damaged = tmp_path / "train" / "a" / "005.jpg"
     damaged.write_bytes(damaged.read_bytes()[:-100])
     images, _, _ = common.open_data(args, CPU)
@@ -98,7 +98,7 @@ def test_small_images_of_one_size_are_in_memory_others_are_paths_in_an_array(fol
 def test_tiny_imagenet_as_downloaded_trains_and_goes_on_elsewhere_but_not_when_changed(tmp_path, capsys):
     make_folder(tmp_path, 8, splits=["train"], classes=["n1/images", "n2/images"])
     make_folder(tmp_path, 2, splits=["val", "test"], classes=["images"])
-    flags = ["--epochs", "1", "--out", tmp_path / "out", "--data"]
+    flags = ["--epochs=1", "--out", tmp_path / "out", "--data"]
     assert train(*flags, tmp_path) == 0
     assert "no kNN" in capsys.readouterr().err and "knn" not in read_log(tmp_path / "out")[-1]
     moved = (tmp_path / "train").rename(tmp_path / "moved")
@@ -109,12 +109,10 @@ def test_tiny_imagenet_as_downloaded_trains_and_goes_on_elsewhere_but_not_when_c
 
 
 def test_a_subset_is_the_first_images_of_each_class(big_folder):
-    images, _, test = open_data("--data", big_folder, "--subset", "9")
+    images, _, test = open_data("--data", big_folder, "--subset=9")
     names = [os.fsdecode(path)[-9:] for path in images.data]
     assert names == [f"{label}/{i:03}.jpg" for label in "ab" for i in range(9)] and len(test) == 40
     assert images.take(torch.arange(2)).key != images.take(torch.arange(1, 3)).key
-    flat, _, _ = open_data("--data", big_folder / "train" / "a", "--subset", "17")
-    assert len(flat) == 17
 
 
 @pytest.mark.parametrize(
@@ -136,13 +134,11 @@ def test_data_sets_of_torchvision_are_read_by_name(name, labels, pixel, tmp_path
         count[: n * 3 * 96 * 96].tofile(stl / f"{split}_X.bin")
         count[1 : n + 1].tofile(stl / f"{split}_y.bin")
     parts = open_data("--data", f"{name}:{tmp_path}", "--batch-size", 2)
-    assert [images.labels.tolist() for images in parts] == labels
-    assert parts[0].data[0, 0, 1, 2] == pixel
+    assert [images.labels.tolist() for images in parts] == labels and parts[0].data[0, 0, 1, 2] == pixel
 
 
 def test_patterns_are_the_same_in_every_run_and_their_mean_colour_does_not_tell_the_label():
     images, test = common.draw_patterns(2000, 0), common.draw_patterns(500, 1)
-    assert images.data.shape == (2000, 3, 32, 32) and images.data.dtype == torch.uint8
     assert images.labels.unique().tolist() == list(range(len(images.classes)))
     assert torch.equal(images.data, common.draw_patterns(2000, 0).data)
     assert not torch.equal(images.data[:500], test.data)

@@ -5,6 +5,7 @@ import itertools
 import shutil
 import signal
 import textwrap
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -82,7 +83,8 @@ def test_two_ranks_find_what_one_finds(tmp_path, on_ranks):
         torch.testing.assert_close(found["results"], expected["results"], rtol=0, atol=1e-4)
 
 
-def test_other_test_labels_change_the_accuracy_but_not_what_is_chosen(tmp_path):
+def test_other_test_labels_change_the_accuracy_but_not_what_is_chosen(tmp_path, monkeypatch):
+    monkeypatch.setattr(ev, "fit_logistic", Mock(wraps=ev.fit_logistic))
     data = make_folder(tmp_path / "data", 24)
     right, wrong = tmp_path / "right", tmp_path / "wrong"
     assert evaluate("--mode cached,lbfgs", data, right) == 0
@@ -91,8 +93,9 @@ def test_other_test_labels_change_the_accuracy_but_not_what_is_chosen(tmp_path):
     for before, after in zip(read_log(right, "results.jsonl"), read_log(wrong, "results.jsonl"), strict=True):
         assert before["grid"] == after["grid"] and len(before["grid"]) == 45
         ((name, accuracies),) = before["results"].items()
-        assert accuracies["top1"] > 90
-        assert after["results"][name]["top1"] < 60
+        assert accuracies["top1"] > 90 and after["results"][name]["top1"] < 60
+        assert all(accuracy % 25 == 0 for accuracy in before["grid"].values())  # of four held-out images
+    assert {len(call.args[0]) for call in ev.fit_logistic.call_args_list} == {44, 48}  # the others, and all
 
 
 NET, OTHER = common.resnet("resnet34", "cifar")[0], common.resnet("resnet18")[0]
@@ -134,7 +137,8 @@ def test_an_interrupted_evaluation_ends_bit_for_bit_as_one_that_was_not(mode, tm
     assert evaluate(flags, folder, out) == 0
     assert same(state_of(out / mode), state_of(whole / mode))
     assert read_log(out, "results.jsonl")[0]["results"] == read_log(whole, "results.jsonl")[0]["results"]
-    assert [group["peak"] for group in state_of(out / mode)["optimizer"]["param_groups"]] == [1.0, 0.01]
+    groups = state_of(out / mode)["optimizer"]["param_groups"]
+    assert [(group["peak"], group["fall"]) for group in groups] == [(1.0, 0.1), (0.01, 0.2)]
     assert evaluate(f"--backbone {out}/{mode}/model.pth --mode knn", folder, tmp_path / "again") == 0
 
 
@@ -167,10 +171,12 @@ def test_data_sets_of_torchvision_are_read_by_their_public_interface_and_in_part
 
 def test_a_recipe_is_flags_that_others_override():
     for recipe in ev.RECIPES:
-        ev.get_args(["--backbone", "random", "--recipe", recipe])
+        ev.get_args(["--backbone=random", "--recipe", recipe])
     args = ev.get_args("--backbone random --recipe corinfomax-10 --lr-head 3 --epochs 20".split())
     assert (args.mode, args.labels, args.lr_head, args.scale) == ("finetune", "10", 3.0, 1.0)
     assert [ev.schedule(args, step, 40, 0.5) for step in (9, 10, 20, 39)] == [1, 0.5, 0.25, 0.125]
+    args = ev.get_args("--backbone random --recipe corinfomax-linear".split())
+    assert ev.schedule(args, 9, 9, 0.1) == 0.01
 
 
 def test_the_lines_of_the_readme_for_detection_and_segmentation_run(tmp_path, monkeypatch):

@@ -126,7 +126,7 @@ def in_chunks(checkpoint):
     torch.manual_seed(common.rank())
     xs = [torch.randn(4, 3, side, side) for side in (16, 16, 12)]
     torch.manual_seed(0)
-    args = music.get_args([*TINY, "--micro-batch", "3"])
+    args = music.get_args([*TINY, "--micro-batch=3"])
     online = music.Online(args)
     model = common.parallel(online, args, torch.device("cpu"))
     with patch.object(common, "checkpoint", checkpoint):

@@ -60,7 +60,7 @@ def test_wrong_use_is_one_sentence_exit_2_and_nothing_left(command, tmp_path, fo
 
 def test_what_a_run_leaves_and_that_the_same_command_changes_nothing(tmp_path, folder, capsys):
     out, more = tmp_path / "out", tmp_path / "more"
-    flags = ["--data", folder, "--keep-every", "2", "--out"]
+    flags = ["--data", folder, "--keep-every=2", "--out"]
     assert train(*flags, out) == 0 and "kNN accuracy" in capsys.readouterr().out
     names = "args.json log.jsonl token checkpoint.pt checkpoint-previous.pt backbone.pth music.py common.py"
     written = {name.partition(".out")[0] for name in os.listdir(out)}
@@ -79,8 +79,8 @@ def test_what_a_run_leaves_and_that_the_same_command_changes_nothing(tmp_path, f
     assert all(tag in shown for tag in ("train/loss", "eval/knn", "'views'", "spectrum_z_log10", "hparams"))
 
     assert train(*flags, out) == 0 and read_log(out) == log
-    assert train(*flags, out, "--lr", "0.1") == 2 and "lr 0.002 -> 0.1" in capsys.readouterr().err
-    assert train(*flags, more, "--init", out / "backbone.pth", "--lr", "0") == 0
+    assert train(*flags, out, "--lr=0.1") == 2 and "lr 0.002 -> 0.1" in capsys.readouterr().err
+    assert train(*flags, more, "--init", out / "backbone.pth", "--lr=0") == 0
     weights = [torch.load(run / "backbone.pth")["conv1.weight"] for run in (out, more)]
     assert torch.equal(*weights)
 
@@ -88,7 +88,7 @@ def test_what_a_run_leaves_and_that_the_same_command_changes_nothing(tmp_path, f
 @pytest.mark.parametrize("left, call", [(TEMPORARY, "os.fsync"), ("args.json", "pathlib.Path.write_text")])
 def test_a_run_killed_at_its_first_moment_starts_again(left, call, tmp_path, folder, monkeypatch):
     """Before args.json has its name, or before there is a token."""
-    flags = ["--data", folder, "--epochs", "1", "--out", tmp_path / "out"]
+    flags = ["--data", folder, "--epochs=1", "--out", tmp_path / "out"]
     with patch(call, side_effect=SystemExit(9)):
         assert train(*flags) == 9
     assert os.listdir(tmp_path / "out") == [left]
@@ -117,7 +117,7 @@ CLIP = """         loss.backward()
 def test_a_fork_that_clips_killed_ten_times_ends_bit_for_bit_as_one_never_stopped(tmp_path, folder):
     """Each life is killed a little after one more step, or at its start."""
     mine = fork(tmp_path, CLIP)
-    flags = ["--data", folder, "--epochs", "4", "--optimizer", "sgd", "--out"]
+    flags = ["--data", folder, "--epochs=4", "--optimizer=sgd", "--out"]
     out, whole = tmp_path / "out", tmp_path / "whole"
     for kill in range(10):
         life = start(mine, *flags, out)
@@ -125,18 +125,18 @@ def test_a_fork_that_clips_killed_ten_times_ends_bit_for_bit_as_one_never_stoppe
         time.sleep(kill / 30)
         life.kill()
         life.join()
-    logs = []
     for life in [start(mine, *flags, run) for run in (out, whole)]:
         life.join()
-    for run in (out, whole):
-        logs.append([{**record, "images_per_second": 0, "seconds_waiting": 0} for record in read_log(run)])
-    assert logs[0] == logs[1]
-    assert same(state_of(out), state_of(whole))
+    logs = [
+        [{**record, "images_per_second": 0, "seconds_waiting": 0} for record in read_log(run)]
+        for run in (out, whole)
+    ]
+    assert logs[0] == logs[1] and same(state_of(out), state_of(whole))
 
 
 def test_three_signals_save_at_the_step_and_the_end_is_as_undisturbed(tmp_path, folder):
     out, whole = tmp_path / "out", tmp_path / "whole"
-    flags = ["--data", folder, "--epochs", "1", "--batch-size", "12", "--out"]  # four steps
+    flags = ["--data", folder, "--epochs=1", "--batch-size=12", "--out"]  # four steps
     for number, code, step in ((signal.SIGTERM, 0, 1), (signal.SIGUSR2, 0, 2), (signal.SIGINT, 130, 3)):
         with signals(number):
             assert train(*flags, out) == code
@@ -167,7 +167,7 @@ def test_a_save_refuses_what_is_not_finite_or_not_this_runs(said, tmp_path, fold
 
 
 def test_damaged_checkpoints_fall_back_or_are_refused(tmp_path, folder, capsys):
-    flags = ["--data", folder, "--optimizer", "sgd", "--out", tmp_path]
+    flags = ["--data", folder, "--optimizer=sgd", "--out", tmp_path]
     assert train(*flags) == 0
     whole = state_of(tmp_path)
     data = bytearray((tmp_path / "checkpoint.pt").read_bytes())
@@ -184,7 +184,7 @@ def test_damaged_checkpoints_fall_back_or_are_refused(tmp_path, folder, capsys):
 
 
 def test_a_run_that_collapses_says_so(tmp_path, folder, capsys):
-    flags = ["--data", folder, "--segment", "4", "--weights", "0", "0", "1", "--lr", "0.3", "--epochs", "3"]
+    flags = ["--data", folder, *"--segment 4 --weights 0 0 1 --lr 0.3 --epochs 3".split()]
     assert train(*flags, "--out", tmp_path) == 0
     assert "collapse: the effective rank of the embeddings is" in capsys.readouterr().err
     assert common.effective_rank(torch.eye(16).repeat(4, 1)) == pytest.approx(16)
