@@ -25,6 +25,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 import zipfile
 from datetime import timedelta
 from functools import lru_cache, partial
@@ -329,6 +330,7 @@ NAMED = {
     "stl10": torchvision.datasets.STL10,
 }
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".tif", ".tiff")
+warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # pixels of files are only read
 MEMORY_SIDE, MEMORY_BYTES = 128, 4 << 30  # images of at most this side are kept decoded, if all of them fit
 
 
@@ -388,7 +390,7 @@ def read_image(path):
             if picture.mode.startswith("I;16"):  # 16 bits, which convert would clip
                 return torch.from_numpy((numpy.array(picture) >> 8).astype("uint8")).expand(3, -1, -1)
             rgb = picture if picture.mode == "RGB" else picture.convert("RGB")
-            return torch.from_numpy(numpy.array(rgb)).permute(2, 0, 1)
+            return torch.from_numpy(numpy.asarray(rgb)).permute(2, 0, 1)
     except Exception:  # damage has many names
         return None
 
@@ -500,10 +502,11 @@ class Crops(torch.utils.data.Dataset):
         self.seed = seed
 
     def __getitems__(self, places):
-        """(crops, label, whether it can be read) of each place (epoch, image) of a batch."""
+        """(crops (S, S, 3), label, whether it can be read) of each place (epoch, image) of a batch."""
         epochs, index = torch.tensor(places).unbind(1)
         draws = draw(self.seed, epochs[:, None], index, len(self.views)).tolist()
-        return [self.cut(i, u) for i, u in zip(index.tolist(), draws, strict=True)]
+        batch = [self.cut(i, u) for i, u in zip(index.tolist(), draws, strict=True)]
+        return [([x.permute(1, 2, 0) for x in crops], *rest) for crops, *rest in batch]
 
     def cut(self, i, u):
         """Crops and label of image i, or where it cannot be read (False) those of the next one that can."""
@@ -519,6 +522,7 @@ class Crops(torch.utils.data.Dataset):
             if view.area:
                 top, left, h, w = crop_box(u[v], *image.shape[1:], view.area)
                 box = image[None, :, top : top + h, left : left + w]
+                box = box.contiguous(memory_format=torch.channels_last)  # as resizing is fastest
                 crops.append(F.interpolate(box, (view.size, view.size), mode="bicubic", antialias=True)[0])
             else:
                 crops.append((centre(image[None], view)[0] * 255).round().byte())
@@ -550,7 +554,7 @@ def load(images, order, views, args, device):
     )
     for (step, epoch, index), (crops, labels, readable) in zip(order, loader, strict=False):
         images.report(index[~readable].tolist())
-        yield step, epoch, index, labels, crops
+        yield step, epoch, index, labels, [x.permute(0, 3, 1, 2) for x in crops]
 
 
 def view_batches(images, order, views, args, device):
@@ -577,7 +581,7 @@ def make_view(x, u, view, order, whole):
     elif whole:
         x = centre(x, view)
     else:
-        x = x.float() / 255
+        x = x.contiguous().float() / 255
     return normalise(augment(x, u, view, order) if view.area else x)
 
 
