@@ -509,7 +509,7 @@ class Crops(torch.utils.data.Dataset):
         return [([x.permute(1, 2, 0) for x in crops], *rest) for crops, *rest in batch]
 
     def cut(self, i, u):
-        """Crops and label of image i, or where it cannot be read (False) those of the next one that can."""
+        """Crops (3, S, S) and label of image i, or if it cannot be read (False) of the next one that can."""
         for skipped in range(100):
             row = (i + skipped) % len(self.images)
             image = self.images.read(row)
@@ -581,7 +581,7 @@ def make_view(x, u, view, order, whole):
     elif whole:
         x = centre(x, view)
     else:
-        x = x.contiguous().float() / 255
+        x = x.contiguous().float() / 255  # not channels last, which augment is slower with
     return normalise(augment(x, u, view, order) if view.area else x)
 
 

@@ -48,7 +48,8 @@ def exit_code(function):
 def launch(path, *flags):
     """Run a script in this process as from a shell; its exit code."""
     argv = patch.object(sys, "argv", list(map(str, [path, *flags])))
-    with argv, patch.object(multiprocessing, "active_children", list):  # which are ranks of other tests
+    children = patch.object(multiprocessing, "active_children", list)  # which are ranks of other tests
+    with argv, children, patch.dict(os.environ):
         return exit_code(lambda: runpy.run_path(str(ROOT / path), run_name="__main__"))
 
 

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -32,7 +31,6 @@ SWEEP = ["--sweep", "batch-size=4096,8", "weights=1 0 1", "zero-init=true"]  # t
 @pytest.mark.parametrize("submit", ["", "local", pytest.param("slurm", marks=pytest.mark.slurm)])
 def test_a_swept_fork_runs_every_point_with_the_code_as_it_was(submit, tmp_path, folder, monkeypatch, capsys):
     mine, out = tmp_path / "mine.py", tmp_path / "out"
-    shutil.copy(ROOT / "common.py", tmp_path)
     mine.write_text(SEES + (ROOT / "music.py").read_text())
     flags = [*RUN, "--data", folder, "--out", out, *SWEEP]
     if submit:
@@ -83,14 +81,14 @@ def test_sigterm_to_torchrun_saves_on_all_ranks_and_leaves_no_process(tmp_path, 
         os.killpg(process.pid, 0)
 
 
-LOCAL = "local --tasks 2 --sweep lr=1e-3,2e-3", "pkill -USR2 -P", 2, 1
+LOCAL = "local --tasks 2 --sweep lr=1e-3,2e-3", "pkill -USR2 -P", 2, 2
 SLURM = "slurm --nodes 2 --tasks 2 --minutes 30 --sweep lr=1e-3", "scancel --signal=USR2", 4, 4
 
 
 @pytest.mark.parametrize("job, warn, world, epochs", [LOCAL, pytest.param(*SLURM, marks=pytest.mark.slurm)])
 def test_warned_ranks_resume_and_end_the_same(job, warn, world, epochs, tmp_path, folder, on_ranks, capsys):
     """In a sweep here they come back to the same point, and then go on to the next."""
-    flags = [*RUN, "--data", folder, "--batch-size=12", f"--epochs={epochs}", "--out"]  # of four steps
+    flags = [*RUN, "--data", folder, "--batch-size=12", f"--epochs={epochs}", "--out"]  # four steps each
     jobs = submitted(capsys, "music.py", *flags, tmp_path / "out", "--submit", *job.split())
     number, out, log = jobs[0]
     wait_for(out, 1, "loss")
@@ -109,5 +107,5 @@ def test_warned_ranks_resume_and_end_the_same(job, warn, world, epochs, tmp_path
 def test_slurm_says_what_is_wrong_in_a_sentence_and_nothing_is_left(tmp_path, capsys):
     for wrong in (["--partition=nope"], ["--slurm=acount=me"]):
         assert launch("music.py", *RUN, "--out", tmp_path / "out", "--submit=slurm", *wrong) == 2
-        assert capsys.readouterr().err.startswith("music.py: error: --submit slurm: ")
+        assert "music.py: error: --submit slurm: " in capsys.readouterr().err
         assert not list((tmp_path / "out").rglob("*.py"))
