@@ -81,31 +81,31 @@ def test_sigterm_to_torchrun_saves_on_all_ranks_and_leaves_no_process(tmp_path, 
         os.killpg(process.pid, 0)
 
 
-LOCAL = "local --tasks 2 --sweep lr=1e-3,2e-3", "pkill -USR2 -P", 2, 2
-SLURM = "slurm --nodes 2 --tasks 2 --minutes 30 --sweep lr=1e-3", "scancel --signal=USR2", 4, 4
+LOCAL = "local --tasks 2 --sweep epochs=2,1", "pkill -USR2 -P", 2, 2
+SLURM = "slurm --nodes 2 --tasks 2 --minutes 30 --sweep epochs=4", "scancel --signal=USR2", 4, 4
 
 
 @pytest.mark.parametrize("job, warn, world, epochs", [LOCAL, pytest.param(*SLURM, marks=pytest.mark.slurm)])
 def test_warned_ranks_resume_and_end_the_same(job, warn, world, epochs, tmp_path, folder, on_ranks, capsys):
     """In a sweep here they come back to the same point, and then go on to the next."""
-    flags = [*RUN, "--data", folder, "--batch-size=12", f"--epochs={epochs}", "--out"]  # four steps each
+    flags = [*RUN, "--data", folder, "--batch-size=12", "--out"]  # four steps an epoch
     jobs = submitted(capsys, "music.py", *flags, tmp_path / "out", "--submit", *job.split())
     number, out, log = jobs[0]
     wait_for(out, 1, "loss")
     subprocess.run([*warn.split(), number], check=True)
-    for _, point, _ in jobs:
-        wait_for(point, 4 * epochs, "knn")
+    wait_for(out, 4 * epochs, "knn")
+    wait_for(jobs[-1][1], 4, "knn")
     text = Path(log).read_text()
     assert "SIGUSR2: saved" in text and f"saved by {world} rank(s)" in text
     commit = json.loads(Path(out, "args.json").read_text())["surroundings"]["commit"]
     assert commit == common.surroundings()["commit"]
-    assert on_ranks(train, world, *flags, tmp_path / "whole", "--lr=1e-3") == [0] * world
+    assert on_ranks(train, world, *flags, tmp_path / "whole", f"--epochs={epochs}") == [0] * world
     assert same(state_of(out), state_of(tmp_path / "whole"))
 
 
 @pytest.mark.slurm
 def test_slurm_says_what_is_wrong_in_a_sentence_and_nothing_is_left(tmp_path, capsys):
-    for wrong in (["--partition=nope"], ["--slurm=acount=me"]):
-        assert launch("music.py", *RUN, "--out", tmp_path / "out", "--submit=slurm", *wrong) == 2
+    for wrong in ("--partition=nope", "--slurm=acount=me"):
+        assert launch("music.py", *RUN, "--out", tmp_path / "out", "--submit=slurm", wrong) == 2
         assert "music.py: error: --submit slurm: " in capsys.readouterr().err
         assert not list((tmp_path / "out").rglob("*.py"))

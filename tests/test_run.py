@@ -122,7 +122,7 @@ def test_a_fork_that_clips_killed_ten_times_ends_bit_for_bit_as_one_never_stoppe
     for kill in range(10):
         life = start(mine, *flags, out)
         wait_for(out, kill, "step")
-        time.sleep(kill / 30)
+        time.sleep(kill / 60)
         life.kill()
         life.join()
     for life in [start(mine, *flags, run) for run in (out, whole)]:
