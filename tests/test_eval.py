@@ -94,7 +94,7 @@ def test_other_test_labels_change_the_accuracy_but_not_what_is_chosen(tmp_path, 
         assert before["grid"] == after["grid"] and len(before["grid"]) == 45
         ((name, accuracies),) = before["results"].items()
         assert accuracies["top1"] > 90 and after["results"][name]["top1"] < 60
-        assert all(accuracy % 25 == 0 for accuracy in before["grid"].values())  # of four held-out images
+        assert not any(accuracy % 25 for accuracy in before["grid"].values())  # of four held-out images
     assert {len(call.args[0]) for call in ev.fit_logistic.call_args_list} == {44, 48}  # the others, and all
 
 
@@ -175,8 +175,7 @@ def test_a_recipe_is_flags_that_others_override():
     args = ev.get_args("--backbone random --recipe corinfomax-10 --lr-head 3 --epochs 20".split())
     assert (args.mode, args.labels, args.lr_head, args.scale) == ("finetune", "10", 3.0, 1.0)
     assert [ev.schedule(args, step, 40, 0.5) for step in (9, 10, 20, 39)] == [1, 0.5, 0.25, 0.125]
-    args = ev.get_args("--backbone random --recipe corinfomax-linear".split())
-    assert ev.schedule(args, 9, 9, 0.1) == 0.01
+    assert ev.schedule(ev.get_args(["--backbone=random", "--recipe=corinfomax-linear"]), 9, 9, 0.1) == 0.01
 
 
 def test_the_lines_of_the_readme_for_detection_and_segmentation_run(tmp_path, monkeypatch):
