@@ -22,10 +22,12 @@ the same command resumes from. Features are kept in features/ beside it.
 
 import argparse
 import collections
+import contextlib
 import copy
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 from pathlib import Path
@@ -36,13 +38,10 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 from torchvision import datasets
-from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 
 import common
 from common import fail, number
-
-# ------------------------------------------------------------------------------------------ arguments
 
 # fmt: off
 RECIPES = {  # of the official code; rates there are absolute, but for SSL-HSIC
@@ -61,7 +60,6 @@ RECIPES = {  # of the official code; rates there are absolute, but for SSL-HSIC
     "sfrik-10": "--mode finetune --labels 10 --absolute --lr-head 0.1 --lr-backbone 0.02",
 }
 GRID = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0]  # x 3 decays
-SIDES = {"patterns": 32, "cifar10": 32, "cifar100": 32, "stl10": 96}  # of data sets of small images
 
 
 def get_args(argv):
@@ -72,13 +70,14 @@ def get_args(argv):
     add = parser.add_argument_group("what").add_argument
     add("--backbone", required=True, metavar="FILE", help="a checkpoint; or random, or torchvision")
     add("--mode", default="knn,cached", help=f"one or more of {', '.join(MODES)} (default: %(default)s)")
-    add("--recipe", choices=list(RECIPES), help="a published protocol")
+    add("--recipe", choices=RECIPES, help="a published protocol")
     add("--data", help=f"folder with train/ and val/; or {', '.join([*common.NAMED, *FILE_SETS])}, with "
         ":/where/it/lies (default ./data); left out: built-in patterns")
     add("--labels", help="per cent of each class to train on, or a file with names of images")
     add("--arch", default="resnet50", help="of random and torchvision; of a file it is read")
     add("--stem", default="imagenet", choices=["imagenet", "cifar"], help="of random; of a file it is read")
-    add("--size", type=number(int, 12, 1024), help="pixels (default: that of the run beside FILE, or 224)")
+    add("--size", type=number(int, 12, 1024), help="pixels (default: of the run beside FILE, or the images' "
+        "own up to 128, or 224)")
     add("--out", help="directory; the same command again resumes (default: beside FILE)")
     common.add_run_flags(add)
     add = parser.add_argument_group("settings of some modes").add_argument
@@ -98,26 +97,20 @@ def get_args(argv):
     add("--ema", type=number(float, 0, 0.999999), default=0.0, help="momentum of an average of the heads")
     parser.set_defaults(subset=0, compile=False)
     recipe = parser.parse_known_args(argv)[0].recipe
-    return complete(parser.parse_args(RECIPES.get(recipe, "").split() + argv))
-# fmt: on
-
-
-def complete(args):
-    """Fill in what follows from other arguments."""
-    if not set(args.mode.split(",")) <= set(MODES):
+    args = parser.parse_args(RECIPES.get(recipe, "").split() + argv)
+    # fmt: on
+    if set(args.mode.split(",")) - set(MODES):
         fail(f"--mode {args.mode}: choose from {', '.join(MODES)}")
-    data = (args.data or "patterns").partition(":")[0]
+    args.scale = 1.0 if args.absolute else args.batch_size / 256
     path = Path(args.backbone)
-    if args.backbone in ("random", "torchvision"):
-        path = Path("runs", f"{args.backbone}-{args.arch}")
+    if not path.exists():
+        path = Path("runs", f"{path}-{args.arch}")  # of random and torchvision
     run = path.with_name("args.json")
     if run.exists() and not args.size:
         args.size = json.loads(run.read_text()).get("size")
-    args.size = args.size or SIDES.get(data, 224)
-    args.resize = 96 if (data, args.size) == ("stl10", 96) else args.size * 8 // 7
-    name = f"eval-{path.stem}-{args.mode}-{Path(data).name}"
+    data = Path((args.data or "patterns").partition(":")[0]).name
+    name = f"eval-{path.stem}-{args.mode}-{data}"
     args.out = args.out or str(path.with_name(name))
-    args.scale = 1.0 if args.absolute else args.batch_size / 256
     return args
 
 
@@ -131,14 +124,14 @@ def load_backbone(args):
     """The network of --backbone; sets args.arch, .stem, .weights (where they were found), .backbone_hash."""
     torch.manual_seed(args.seed)
     args.weights = args.backbone
-    weights = {}
     try:
         if args.backbone == "torchvision":
-            weights = torchvision.models.get_model(args.arch, weights="IMAGENET1K_V1").state_dict()
-        elif args.backbone != "random":
-            weights = find_resnet(args, tensors(common.load_checked(args.backbone)))
-        net, _ = common.resnet(args.arch, args.stem)
-        net.load_state_dict(weights, strict=False)  # counters may be missing, a classifier be too much
+            net = torchvision.models.get_model(args.arch, weights="IMAGENET1K_V1")
+            net = find_resnet(args, net.state_dict())
+        elif args.backbone == "random":
+            net, _ = common.resnet(args.arch, args.stem)
+        else:
+            net = find_resnet(args, tensors(common.load_checked(args.backbone)))
     except Exception as error:  # damage, no network, and pickles that would run code have many names
         reason = str(error).partition("\n")[0]
         fail(f"--backbone {args.backbone} cannot be read as weights ({type(error).__name__}: {reason})")
@@ -159,53 +152,48 @@ def tensors(content, prefix=""):
 
 
 def find_resnet(args, weights):
-    """The weights of a whole ResNet, with torchvision's names; of several, the published choice."""
-    names = "\n".join(weights)
-    prefixes = re.findall(r"^(|.*\.)(?:layer1|4)\.0\.conv1\.weight$", names, re.MULTILINE)
-    prefixes.sort(key=preference)
-    for prefix in prefixes:
-        candidate = below(weights, prefix)
-        args.stem = "cifar" if candidate["conv1.weight"].shape[-1] == 3 else "imagenet"
+    """The ResNet whose weights stand, all of them, below some prefix; of several, the published choice."""
+    prefixes = re.findall(r"^(|.*\.)(?:layer1|4)\.0\.conv1\.weight$", "\n".join(weights), re.MULTILINE)
+    for prefix in sorted(prefixes, key=preference):
+        found = below(prefix, weights)
+        args.stem = "cifar" if found["conv1.weight"].shape[-1] == 3 else "imagenet"
         for arch in sorted(torchvision.models.list_models(torchvision.models, "*resne*"), key=len):
-            with torch.device("meta"):
-                net, _ = common.resnet(arch, args.stem)
-            if shapes(net.state_dict()) == shapes(candidate):
+            net, _ = common.resnet(arch, args.stem)
+            with contextlib.suppress(RuntimeError):  # names or shapes are those of another architecture
+                net.load_state_dict(found)
                 args.arch = arch
                 args.weights += f" (its '{prefix}', one of {len(prefixes)})"
-                return candidate
-    fail(f"--backbone {args.backbone} holds no whole ResNet of torchvision: {names[:60]!r}")
+                return net
+    fail(f"--backbone {args.backbone} holds no whole ResNet of torchvision: {list(weights)[:3]}")
 
 
 def preference(prefix):
     """Sorts first what is published: averages and DINO's teacher; last, targets and momentum encoders."""
     if re.search("average|teacher", prefix):
-        return 0, prefix
-    return 2 if re.search("target|momentum|encoder_k|key", prefix) else 1, prefix
+        return 0
+    if re.search("target|momentum|encoder_k|key", prefix):
+        return 2
+    return 1
 
 
-def below(weights, prefix):
-    """What has a prefix, without it; numbers that nn.Sequential gave a ResNet's children become names."""
+def below(prefix, weights):
+    """A ResNet's weights below a prefix, without classifier; nn.Sequential's numbers become names."""
     found = {}
     for name, tensor in weights.items():
-        if name.startswith(prefix):
-            child, dot, rest = name.removeprefix(prefix).partition(".")
-            found[CHILDREN.get(child, child) + dot + rest] = tensor
+        child, _, rest = name.removeprefix(prefix).partition(".")
+        child = CHILDREN.get(child, child)
+        if name.startswith(prefix) and child in CHILDREN.values():
+            found[f"{child}.{rest}"] = tensor
     return found
-
-
-def shapes(weights):
-    """(name, shape) of a ResNet's weights, without classifier and counters of batches."""
-    names = [name for name in weights if re.match(r"(conv1|bn1|layer\d)\.(?!.*tracked)", name)]
-    return {(name, weights[name].shape) for name in names}
 
 
 # ----------------------------------------------------------------------------------------------- data
 
 FILE_SETS = {  # data sets of torchvision that are files: the splits to train on; "test" is to test on
-    "dtd": (datasets.DTD, ["train", "val"]),
-    "fgvc_aircraft": (datasets.FGVCAircraft, ["trainval"]),
-    "flowers102": (datasets.Flowers102, ["train", "val"]),
-    "food101": (datasets.Food101, ["train"]),
+    "dtd": (datasets.DTD, "train val"),
+    "fgvc_aircraft": (datasets.FGVCAircraft, "trainval"),
+    "flowers102": (datasets.Flowers102, "train val"),
+    "food101": (datasets.Food101, "train"),
 }
 LABELLED, HELD_OUT = -5, -6  # choices of common.uniform, beside those of the views
 Data = collections.namedtuple("Data", "train test fit held")  # rows of train: to fit, and to choose on
@@ -217,7 +205,8 @@ def open_labelled(args, device):
     if name in FILE_SETS:
         train, test = common.from_rank_0(lambda: open_files(name, root or "data"))
     else:
-        whole = argparse.Namespace(**{**vars(args), "batch_size": 1})  # not every mode makes batches
+        whole = copy.copy(args)
+        whole.batch_size = 1  # not every mode makes batches
         _, train, test = common.open_data(whole, device)
     if test is None:
         fail(f"--data {args.data} has no test images: give a folder with train/ and val/ of class folders")
@@ -232,11 +221,11 @@ def open_files(name, root):
     dataset, splits = FILE_SETS[name]
     images = []
     try:
-        for group in (splits, ["test"]):
+        for group in (splits, "test"):
             items = []
-            for split in group:  # with this loader an item is not a picture, but its path, and its label
+            for split in group.split():  # with this loader an item is a path and a label, no picture
                 part = dataset(root, split=split, download=True, loader=os.fsencode)
-                items += [part[i] for i in range(len(part))]
+                items += part
             paths, labels = zip(*items, strict=True)
             images.append(common.Images(numpy.array(paths), torch.tensor(labels), part.classes, name))
     except (OSError, RuntimeError, ImportError) as error:  # flowers102 needs scipy
@@ -246,13 +235,15 @@ def open_files(name, root):
 
 def labelled_rows(images, args):
     """Rows of the images that --labels stands for: per cent of each class, or the files of a list."""
-    if args.labels.isdigit() and 0 < int(args.labels) <= 100:
+    if args.labels in map(str, range(1, 101)):
         return stratified(images.labels, int(args.labels) / 100, args.seed, LABELLED, least=1)
     if images.in_memory or not os.path.isfile(args.labels):
-        files = f"image files of more than {common.MEMORY_SIDE} pixels"  # others are kept without names
-        fail(f"--labels {args.labels} is neither per cent nor a file with names of {files}")
+        fail(f"--labels {args.labels} is neither per cent nor a file with names of images above 128 pixels")
     names = {os.path.basename(name) for name in Path(args.labels).read_text().split()}
-    rows = [row for row, path in enumerate(images.data) if os.path.basename(os.fsdecode(path)) in names]
+    rows = []
+    for row, path in enumerate(images.data):
+        if os.path.basename(os.fsdecode(path)) in names:
+            rows.append(row)
     if len(rows) != len(names):
         fail(f"--labels {args.labels}: of its {len(names)} images {len(rows)} are in --data")
     return torch.tensor(rows)
@@ -272,14 +263,16 @@ def plan(args, mode, train, test):
     """The arguments of a mode, and its data; what leaves too few images is refused."""
     args = copy.copy(args)
     args.mode = mode
-    args.out = str(Path(args.out, mode))
+    args.out = f"{args.out}/{mode}"
     args.epochs = args.epochs or (100 if mode == "crops" else 20)
-    held = torch.arange(0)
+    args.size = args.size or (train.data.shape[-1] if train.in_memory else 224)
+    args.resize = 96 if args.size == 96 else args.size * 8 // 7  # STL-10's 96 pixels are left as they are
+    rows = torch.arange(len(train))
+    held = rows[:0]
     if mode == "lbfgs" or (mode in ("cached", "crops") and len(args.lr + args.wd) > 2):
         held = stratified(train.labels, 0.1, args.seed, HELD_OUT)
         if len(held) == 0:
             fail(f"a tenth of {len(train)} images leaves none to choose on: give one --lr and one --wd")
-    rows = torch.arange(len(train))
     fit = rows[~torch.isin(rows, held)]
     if mode not in ("knn", "lbfgs") and args.batch_size > len(fit):
         fail(f"--batch-size {args.batch_size} is more than the {len(fit)} images to train on")
@@ -295,12 +288,11 @@ def kept_features(args, net, images):
     name = f"{args.backbone_hash}-{key}-{args.size}-{args.precision}.pt"
     path = Path(args.out).parent.parent / "features" / name
     if common.from_rank_0(path.exists):
-        device = next(net.parameters()).device
-        return [tensor.to(device) for tensor in common.load_checked(path)]
+        return [tensor.to(net.conv1.weight.device) for tensor in common.load_checked(path)]
     kept = common.features(net, images, torch.arange(len(images)), args, args.resize)
     if common.rank() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        common.write(path, lambda file: torch.save([tensor.cpu() for tensor in kept], file))
+        path.parent.mkdir(exist_ok=True)
+        common.write(path, lambda file: torch.save(kept, file))
     return kept
 
 
@@ -310,7 +302,8 @@ def fingerprint(images):
         content = hashlib.sha256(images.data.cpu().numpy()).hexdigest()
     else:
         content = [os.path.getsize(path) for path in images.data]
-    return hashlib.sha256(f"{images.key} {images.labels.tolist()} {content}".encode()).hexdigest()[:16]
+    text = f"{images.key} {images.labels.tolist()} {content}"
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def with_one(h):
@@ -330,7 +323,8 @@ def choose(weights, h, y):
     """The name of the linear classifier that is best on held-out features, and the accuracies of all."""
     grid = {}
     for name, weight in weights.items():
-        grid[name] = 100 * float(((h @ weight.mT).argmax(1) == y).double().mean())
+        right = (h @ weight.mT).argmax(1) == y
+        grid[name] = 100 * float(right.double().mean())
     best = [name for name in grid if grid[name] == max(grid.values())]
     return best[len(best) // 2], grid  # of equals the middle one: few images tell few apart
 
@@ -342,14 +336,14 @@ def knn(args, net, data, device):
     """The cosine-weighted vote of the k nearest training images."""
     bank, labels = kept_features(args, net, data.train)
     h, y = kept_features(args, net, data.test)
-    ks = [min(k, len(bank)) for k in sorted(args.k)]
-    similarity, rows = common.nearest(h, bank, ks[-1])
+    ks = [min(k, len(bank)) for k in args.k]
+    similarity, rows = common.nearest(h, bank, max(ks))
     results = {}
     for k in ks:
         votes = common.knn_votes(similarity[:, :k], labels[rows[:, :k]], len(data.train.classes))
         results[f"k = {k}"] = accuracies(votes, y)
     if common.rank() == 0:
-        write_sheet(Path(args.out).with_name("neighbours.png"), data, rows)
+        write_sheet(Path(args.out).with_name("neighbours.png"), data, rows[:, :9])
     return results, {}
 
 
@@ -361,26 +355,19 @@ def write_sheet(path, data, neighbours):
     tiles = []
     for query in common.evenly(torch.arange(len(neighbours)), 12).tolist():
         (picture,), label, _ = tests.cut(query, None)
-        tiles.append(picture)
-        for row in neighbours[query, :9].tolist():
+        tiles.append(picture / 255)
+        for row in neighbours[query].tolist():
             (picture,), other, _ = bank.cut(row, None)
-            tiles.append(picture if other == label else picture // 4)
-    sheet = torchvision.utils.make_grid(tiles, nrow=1 + min(9, neighbours.shape[1]), pad_value=255).cpu()
-    common.write(path, lambda file: to_pil_image(sheet).save(file, "PNG"))
+            tiles.append(picture / (255 if other == label else 1020))
+    torchvision.utils.save_image(tiles, path, nrow=1 + neighbours.shape[1], pad_value=1)
 
 
-class Heads(nn.Module):
-    """G linear classifiers of the same features, which start at zero; a weight's last column is the bias."""
-
-    def __init__(self, classes, heads, width):
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(classes, heads, width + 1))
+class Heads(nn.Linear):
+    """C x G rows: G linear classifiers of the same features, in float32; the last column is the bias."""
 
     def forward(self, h):
-        """Logits (n, C, G) of features h (n, D), in float32."""
         with torch.autocast(h.device.type, enabled=False):
-            logits = with_one(h.float()) @ self.weight.flatten(0, 1).mT
-        return logits.unflatten(1, self.weight.shape[:2])
+            return super().forward(with_one(h.float()))
 
 
 def train(args, net, data, device):
@@ -393,13 +380,18 @@ def train(args, net, data, device):
     elif args.mode == "finetune":
         points = [(args.lr_head, 0.0)]
         backbone = copy.deepcopy(net).requires_grad_(True).train()
-    lr, wd = torch.tensor(points, device=device)[:, :, None].unbind(1)  # (G, 1) each
-    heads = Heads(len(data.train.classes), len(points), net.inplanes)
+    shape = (len(data.train.classes), len(points))  # C, G
+    heads = Heads(net.inplanes + 1, math.prod(shape), bias=False)
+    nn.init.zeros_(heads.weight)
     online = nn.Sequential(backbone, heads).to(device)
     average = copy.deepcopy(heads)
     model = common.parallel(online, args, device)
-    groups = [dict(params=heads.parameters(), peak=1.0, fall=0.1)]
-    groups.append(dict(params=backbone.parameters(), peak=args.lr_backbone, fall=0.2))
+    grid = torch.tensor(points, device=device).repeat(shape[0], 1)  # (C G, 2)
+    lr, wd = grid[:, :, None].unbind(1)
+    groups = [
+        dict(params=heads.parameters(), peak=1.0, fall=0.1),
+        dict(params=backbone.parameters(), peak=args.lr_backbone, fall=0.2),
+    ]
     optimizer = torch.optim.SGD(groups, momentum=0.9)
     state = dict(data=data.train, online=online, average=average, optimizer=optimizer)
     start = common.resume(args, state)
@@ -410,8 +402,8 @@ def train(args, net, data, device):
         for group in optimizer.param_groups:
             group["lr"] = args.scale * group["peak"] * schedule(args, step, total, group["fall"])
         with common.autocast(args, device):
-            logits = model(x)  # (n, C, G)
-        losses = F.cross_entropy(logits, y[:, None].expand(-1, len(points)), reduction="none").mean(0)
+            logits = model(x).unflatten(1, shape)  # (n, C, G)
+        losses = F.cross_entropy(logits, y[:, None].expand(-1, shape[1]), reduction="none").mean(0)  # (G,)
         optimizer.zero_grad()
         losses.sum().backward()
         heads.weight.grad.addcmul_(wd, heads.weight.detach()).mul_(lr)  # each head's own decay and rate
@@ -430,8 +422,8 @@ def train(args, net, data, device):
     log.close()
     signals.restore()
     names = [f"lr {lr:g}, wd {wd:g}" for lr, wd in points]
-    weights = dict(zip(names, average.weight.detach().unbind(1), strict=True))
-    return score(args, net, backbone, weights, data)
+    weights = average.weight.detach().unflatten(0, shape).unbind(1)
+    return score(args, net, backbone, dict(zip(names, weights, strict=True)), data)
 
 
 def score(args, net, backbone, weights, data):
@@ -458,8 +450,8 @@ def training_batches(args, net, data, device, start, total):
             yield step, h[rows], y[rows]
     else:
         view = common.View((args.area, 1), (0, 0, 0, 0), jitter_p=0, gray_p=0, size=args.size)
-        for step, xs, y in common.view_batches(data.train.take(data.fit), order, [view], args, device):
-            yield step, xs[0], y
+        for step, (x,), y in common.view_batches(data.train.take(data.fit), order, [view], args, device):
+            yield step, x, y
 
 
 def schedule(args, step, total, fall):
@@ -469,28 +461,26 @@ def schedule(args, step, total, fall):
     return common.warmup_cosine(step, args.warmup_steps, total, last=args.last)
 
 
-def fit_logistic(h, y, penalty, start, variance):
+def fit_logistic(h, y, penalty, start):
     """Multinomial logistic regression by L-BFGS: the least of mean cross-entropy + penalty / 2 |W|^2.
 
     h (n, D + 1), with a last column of ones, and y (n,); start (C, D + 1): W, and the bias, which is not
-    penalised. variance (D,): of h's columns, which are uncorrelated. Scaled by it, all directions are alike,
-    and 64 steps do where 400 would not.
+    penalised.
     """
-    scale = torch.cat([variance / len(start) + penalty, variance.new_ones(1) / len(start)]).rsqrt()
-    V = (start / scale).requires_grad_()
+    weight = start.clone().requires_grad_()
     optimizer = torch.optim.LBFGS(
-        [V], max_iter=1000, tolerance_grad=1e-6, tolerance_change=0, line_search_fn="strong_wolfe"
+        [weight], max_iter=2000, tolerance_grad=1e-6, tolerance_change=0, line_search_fn="strong_wolfe"
     )
 
     def closure():
-        weight = V * scale
-        loss = F.cross_entropy(h @ weight.mT, y) + penalty / 2 * weight[:, :-1].square().sum()
         optimizer.zero_grad()
+        loss = F.cross_entropy(h @ weight.mT, y)
+        loss = loss + penalty / 2 * weight[:, :-1].square().sum()
         loss.backward()
         return loss
 
     optimizer.step(closure)
-    return V.detach() * scale
+    return weight.detach()
 
 
 def lbfgs(args, net, data, device):
@@ -500,21 +490,20 @@ def lbfgs(args, net, data, device):
     h = h.double()
     mean = h.mean(0)
     size = h.var(0).sum().sqrt()  # divided by it, a penalty means the same for every backbone
-    variance, axes = torch.linalg.eigh(torch.cov(h.mT / size))
-    h = with_one((h - mean) @ axes / size)
-    h_test = with_one((h_test - mean) @ axes / size)
+    h = with_one((h - mean) / size)
+    h_test = with_one((h_test - mean) / size)
 
     weight = h.new_zeros(len(data.train.classes), h.shape[1])
     weights = {}
     for penalty in tqdm(torch.logspace(1, -7, 45).tolist(), "penalties", disable=common.rank() > 0):
-        weight = fit_logistic(h[data.fit], y[data.fit], penalty, weight, variance)
+        weight = fit_logistic(h[data.fit], y[data.fit], penalty, weight)
         weights[f"{penalty:.3g}"] = weight
     best, grid = choose(weights, h[data.held], y[data.held])
-    weight = fit_logistic(h, y, float(best), weights[best], variance)
+    weight = fit_logistic(h, y, float(best), weights[best])
     return {f"penalty {best}": accuracies(h_test @ weight.mT, y_test)}, grid
 
 
-# ------------------------------------------------------------------------------------------------- main
+# ---------------------------------------------------------------------------------------------- main
 
 MODES = dict(knn=knn, cached=train, crops=train, lbfgs=lbfgs, finetune=train)
 SGD = (
@@ -553,13 +542,14 @@ def main(args):
     for mode_args, data in plans:
         results, grid = MODES[mode_args.mode](mode_args, net, data, device)
         how = protocol(mode_args, data)
-        record = dict(mode=mode_args.mode, results=results, protocol=how, grid=grid, args=vars(mode_args))
-        records += json.dumps(dict(record, **common.surroundings())) + "\n"
-        if common.rank() == 0:
-            Path(args.out, "results.jsonl").write_text(records)
-            for name, values in results.items():
-                shown = ", ".join(f"{key} {value:.2f} %" for key, value in values.items())
-                print(f"{shown}: {name}; {how}")
+        record = dict(results=results, protocol=how, grid=grid, args=vars(mode_args))
+        records += json.dumps(record) + "\n"
+        if common.rank() > 0:
+            continue
+        Path(args.out, "results.jsonl").write_text(records)
+        for name, values in results.items():
+            shown = ", ".join(f"{key} {value:.2f} %" for key, value in values.items())
+            print(f"{shown}: {name}; {how}")
     common.leave_ranks()
 
 

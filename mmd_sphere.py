@@ -182,7 +182,7 @@ class Online(nn.Module):
 
 def main(args):
     device = common.start(args, __file__)
-    train, bank, test = common.open_data(args, device)
+    train, bank, test = common.open_data(args, device)  # bank and test: for kNN
     steps_per_epoch = len(train) // args.batch_size
     total = args.epochs * steps_per_epoch
     warmup = args.warmup * steps_per_epoch
@@ -191,7 +191,7 @@ def main(args):
     model = common.parallel(online, args, device)  # the same, under DDP
     optimizer = common.make_optimizer(online, args)
     probe = common.Probe(online.width, train, device)
-    state = dict(data=train, online=online, optimizer=optimizer, probe=probe)  # what is saved
+    state = dict(data=train, online=online, optimizer=optimizer, probe=probe)  # what is saved; of data a hash
     start = common.resume(args, state)
     log = common.Log(args, start, total)
     signals = common.Signals(args)

@@ -132,8 +132,13 @@ def get_args(argv=None):
     add = parser.add_argument_group("MUSIC").add_argument
     add("--segment", type=common.number(int, 1), help="s, number of units in a segment; divides --dim")
     add("--temperature", type=common.number(float, 1e-3), help="of the softmax in a segment")
-    weights = dict(nargs=3, default=[1.0, 1.0, 1.0], help="within, between segments, invariance")
-    add("--weights", type=common.number(float, 0), **weights)
+    add(
+        "--weights",
+        type=common.number(float, 0),
+        nargs=3,
+        default=[1.0, 1.0, 1.0],
+        help="of the terms within segments, between segments and invariance",
+    )
     add("--hidden", type=common.number(int, 1), nargs="+", help="widths of the projector's hidden layers")
     add("--dim", type=common.number(int, 2), help="d = S s, dimension of the embedding")
     args = common.parse(parser, RECIPES, argv)
@@ -172,7 +177,7 @@ def loss_of(zs, args):
 
 def main(args):
     device = common.start(args, __file__)
-    train, bank, test = common.open_data(args, device)
+    train, bank, test = common.open_data(args, device)  # bank and test: for kNN
     steps_per_epoch = len(train) // args.batch_size
     total = args.epochs * steps_per_epoch
     warmup = args.warmup * steps_per_epoch
@@ -181,7 +186,7 @@ def main(args):
     model = common.parallel(online, args, device)  # the same, under DDP
     optimizer = common.make_optimizer(online, args)
     probe = common.Probe(online.width, train, device)
-    state = dict(data=train, online=online, optimizer=optimizer, probe=probe)  # what is saved
+    state = dict(data=train, online=online, optimizer=optimizer, probe=probe)  # what is saved; of data a hash
     start = common.resume(args, state)
     log = common.Log(args, start, total)
     signals = common.Signals(args)

@@ -30,7 +30,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # in other processes
 TINY = """--recipe demo --arch resnet18 --stem imagenet --size 16 --batch-size 16 --epochs 2 --device cpu
     --precision fp32 --hidden 32 --dim 16 --views byol --log-every 1 --knn-every 0 --warmup 0.5
     --workers 0""".split()
-EVALUATION = """--backbone random --arch resnet18 --size 16 --device cpu --precision fp32 --workers 0
+EVALUATION = """--backbone random --arch resnet18 --device cpu --precision fp32 --workers 0
     --batch-size 16 --epochs 2 --log-every 1""".split()
 
 

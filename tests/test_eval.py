@@ -36,7 +36,7 @@ def test_heads_trained_at_once_are_those_trained_one_at_a_time(tmp_path, monkeyp
     args, data = ev.plan(ev.get_args([*EVALUATION, *grid.split()]), "cached", images, images)
     net, device = argparse.Namespace(inplanes=6), common.start(args, ev.__file__)
     ev.train(args, net, data, device)
-    heads = state_of(tmp_path / "cached")["online"]["1.weight"].unbind(1)
+    heads = state_of(tmp_path / "cached")["online"]["1.weight"].unflatten(0, (4, 6)).unbind(1)
     for (lr, wd), head in zip(itertools.product(args.lr, args.wd), heads, strict=True):
         weight = torch.zeros(4, 7, requires_grad=True)
         optimizer = torch.optim.SGD([weight], momentum=0.9, weight_decay=wd)
@@ -52,7 +52,7 @@ def test_heads_trained_at_once_are_those_trained_one_at_a_time(tmp_path, monkeyp
 def test_lbfgs_reaches_the_optimum(penalty):
     h, y = problem(61)
     h = h * 10.0 ** -torch.arange(6.0).double()
-    weight = ev.fit_logistic(ev.with_one(h), y, penalty, h.new_zeros(4, 7), h.var(0)).requires_grad_()
+    weight = ev.fit_logistic(ev.with_one(h), y, penalty, h.new_zeros(4, 7)).requires_grad_()
     loss = F.cross_entropy(ev.with_one(h) @ weight.mT, y) + penalty / 2 * weight[:, :-1].square().sum()
     loss.backward()
     assert weight.grad.abs().max() < 1e-5
@@ -124,7 +124,7 @@ def test_the_published_resnet_is_found_in_a_checkpoint(name, tmp_path):
     (tmp_path / "args.json").write_text('{"size": 64}')
     args = ev.get_args(["--backbone", f"{tmp_path}/file"])
     assert same(ev.load_backbone(args).state_dict(), NET.state_dict())
-    assert (args.arch, args.stem, args.size, args.resize) == ("resnet34", "cifar", 64, 73)
+    assert (args.arch, args.stem, args.size) == ("resnet34", "cifar", 64)
 
 
 @pytest.mark.parametrize("mode", ["crops", "finetune"])
@@ -146,7 +146,7 @@ def test_features_are_kept_until_images_change(tmp_path, folder, monkeypatch, ca
     data = shutil.copytree(folder, tmp_path / "data")
     assert evaluate("--mode knn --batch-size 4096", data, tmp_path / "1") == 0
     protocol = "cosine kNN at temperature 0.07; resnet18 of random; "
-    assert f"{protocol}{data}: 48 training, 48 test images, centre 16 of 18 pixels" in capsys.readouterr().out
+    assert f"{protocol}{data}: 48 training, 48 test images, centre 24 of 27 pixels" in capsys.readouterr().out
     monkeypatch.setattr(common, "features", None)
     assert evaluate("--mode knn,cached", data, tmp_path / "2") == 0
     assert (tmp_path / "2/neighbours.png").exists()
