@@ -32,8 +32,9 @@ def test_heads_trained_at_once_are_those_trained_one_at_a_time(tmp_path, monkeyp
     h, y = problem(64)
     monkeypatch.setattr(ev, "kept_features", lambda *_: (h.float(), y))
     images = common.Images(h, y, list("abcd"), "")
-    grid = f"--lr 0.01 0.3 2 --wd 0 0.1 --warmup-steps 3 --batch-size 32 --epochs 9 --out {tmp_path}"
+    grid = f"--lr .01 .3 2 --wd 0 .1 --warmup-steps=3 --batch-size=32 --epochs=9 --size=96 --out={tmp_path}"
     args, data = ev.plan(ev.get_args([*EVALUATION, *grid.split()]), "cached", images, images)
+    assert args.resize == 96  # STL-10's images are left as they are
     net, device = argparse.Namespace(inplanes=6), common.start(args, ev.__file__)
     ev.train(args, net, data, device)
     heads = state_of(tmp_path / "cached")["online"]["1.weight"].unflatten(0, (4, 6)).unbind(1)
@@ -68,8 +69,9 @@ def test_knn_is_a_loop_over_images():
     similarity, rows = common.nearest(h, bank, 5)
     torch.testing.assert_close(common.knn_votes(similarity, labels[rows], 4), expected)
     scores = -torch.arange(6.0).expand(4, 6)  # class 0 is best, class 5 is not among five
-    wanted = dict(top1=50, top5=75, mean_per_class=100 / 3)
-    assert ev.accuracies(scores, torch.tensor([0, 0, 4, 5])) == pytest.approx(wanted)
+    assert ev.accuracies(scores, torch.tensor([0, 0, 4, 5])) == pytest.approx(
+        dict(top1=50, top5=75, mean_per_class=100 / 3)
+    )
 
 
 def test_two_ranks_find_what_one_finds(tmp_path, on_ranks):
