@@ -36,7 +36,7 @@ WRONG = {
     "eval_linear --backbone {tmp}/another": "no whole ResNet of torchvision: ['features.0.weight'",
     "eval_linear --backbone {tmp}/damaged": "wrong checksum",
     "eval_linear --mode knn,linear": "--mode knn,linear: choose from",
-    "eval_linear --data {folder} --labels many": "--labels many is neither",
+    "eval_linear --data {folder} --labels 101": "--labels 101 is neither",
     "eval_linear --data {folder} --mode cached --batch-size 46": "46 is more than the 44 images",
     "eval_linear --data {folder} --mode cached --labels 5 --batch-size 2": "leaves none to choose on",
     "eval_linear --out {folder}": "neither empty nor a run",
