@@ -199,7 +199,7 @@ def views_of(args):
     """The two global views and, with SwAV's areas and the first view's colours, the local ones."""
     area = (0.14, 1) if args.local_crops else VIEWS[args.views][0].area
     views = [view._replace(size=args.size, area=area) for view in VIEWS[args.views]]
-    side = max(12, round(args.size * 96 / 224))
+    side = max(18 if args.size >= 18 else 12, round(args.size * 96 / 224))  # below 18, see start
     local = views[0]._replace(size=side, area=(0.05, 0.14), blur_p=min(0.5, views[0].blur_p))
     return views + [local] * args.local_crops
 
@@ -851,13 +851,17 @@ def with_gradient(value, z, grad):
 
 
 def start(args, script):
-    """The device of this rank; joins the process group, checks --out, sets the seed, writes nothing."""
+    """The device of this rank; joins the process group, checks --out, sets the seed, writes nothing.
+
+    Of 16 pixels and less, one is left before the last stage of a ResNet, where torch 2.14's gradient of a
+    convolution of stride 2 is arbitrary in bf16 on CPUs: there the precision is fp32 unless it is given.
+    """
     args.script = str(Path(script).resolve())
     if args.batch_size % world() or args.batch_size < 2 * world():
         fail(f"--batch-size {args.batch_size} on {world()} ranks: it must divide, into 2 or more images each")
     device = torch.device("cpu")
     group = dict(backend="gloo")
-    has_bf16 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    has_bf16 = torch.backends.cpu.get_cpu_capability() == "AVX512" and (args.size or 224) >= 18
     if args.device == "cuda":
         gpus = torch.cuda.device_count()  # SLURM may show a rank only its own
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) if gpus > 1 else 0)

@@ -76,8 +76,8 @@ def get_args(argv):
     add("--labels", help="per cent of each class to train on, or a file with names of images")
     add("--arch", default="resnet50", help="of random and torchvision; of a file it is read")
     add("--stem", default="imagenet", choices=["imagenet", "cifar"], help="of random; of a file it is read")
-    add("--size", type=number(int, 12, 1024), help="pixels (default: of the run beside FILE, or the images' "
-        "own up to 128, or 224)")
+    add("--size", type=number(int, 12, 1024), help="pixels (default: of the run beside FILE, or of small "
+        "images of one size, or 224)")
     add("--out", help="directory; the same command again resumes (default: beside FILE)")
     common.add_run_flags(add)
     add = parser.add_argument_group("settings of some modes").add_argument
@@ -103,8 +103,8 @@ def get_args(argv):
         fail(f"--mode {args.mode}: choose from {', '.join(MODES)}")
     args.scale = 1.0 if args.absolute else args.batch_size / 256
     path = Path(args.backbone)
-    if not path.exists():
-        path = Path("runs", f"{path}-{args.arch}")  # of random and torchvision
+    if args.backbone in ("random", "torchvision"):
+        path = Path("runs", f"{path}-{args.arch}")
     run = path.with_name("args.json")
     if run.exists() and not args.size:
         args.size = json.loads(run.read_text()).get("size")
@@ -195,7 +195,8 @@ FILE_SETS = {  # data sets of torchvision that are files: the splits to train on
     "flowers102": (datasets.Flowers102, "train val"),
     "food101": (datasets.Food101, "train"),
 }
-LABELLED, HELD_OUT = -5, -6  # choices of common.uniform, beside those of the views
+LABELLED = -5  # choices of common.uniform, beside those of the views
+HELD_OUT = -6
 Data = collections.namedtuple("Data", "train test fit held")  # rows of train: to fit, and to choose on
 
 
@@ -228,7 +229,7 @@ def open_files(name, root):
                 items += part
             paths, labels = zip(*items, strict=True)
             images.append(common.Images(numpy.array(paths), torch.tensor(labels), part.classes, name))
-    except (OSError, RuntimeError, ImportError) as error:  # flowers102 needs scipy
+    except Exception as error:  # nothing there, no network, flowers102 without scipy
         fail(f"{name} is not in {root} and cannot be had ({error}): give --data {name}:/where/it/lies")
     return images
 
@@ -265,13 +266,13 @@ def plan(args, mode, train, test):
     args.mode = mode
     args.out = f"{args.out}/{mode}"
     args.epochs = args.epochs or (100 if mode == "crops" else 20)
-    args.size = args.size or (train.data.shape[-1] if train.in_memory else 224)
-    args.resize = 96 if args.size == 96 else args.size * 8 // 7  # STL-10's 96 pixels are left as they are
+    args.size = args.size or (min(train.data.shape[2:]) if train.in_memory else 224)
+    args.resize = 96 if args.size == 96 else args.size * 8 // 7  # 96, STL-10's side, is left as it is
     rows = torch.arange(len(train))
     held = rows[:0]
     if mode == "lbfgs" or (mode in ("cached", "crops") and len(args.lr + args.wd) > 2):
         held = stratified(train.labels, 0.1, args.seed, HELD_OUT)
-        if len(held) == 0:
+        if not len(held):
             fail(f"a tenth of {len(train)} images leaves none to choose on: give one --lr and one --wd")
     fit = rows[~torch.isin(rows, held)]
     if mode not in ("knn", "lbfgs") and args.batch_size > len(fit):
@@ -363,7 +364,7 @@ def write_sheet(path, data, neighbours):
 
 
 class Heads(nn.Linear):
-    """C x G rows: G linear classifiers of the same features, in float32; the last column is the bias."""
+    """G linear classifiers of C classes, rows c G + g, in float32; the last column is the bias."""
 
     def forward(self, h):
         with torch.autocast(h.device.type, enabled=False):
@@ -468,14 +469,14 @@ def fit_logistic(h, y, penalty, start):
     penalised.
     """
     weight = start.clone().requires_grad_()
+    tolerance = 1e-5 / len(start)  # of a gradient that is spread over the classes
     optimizer = torch.optim.LBFGS(
-        [weight], max_iter=2000, tolerance_grad=1e-6, tolerance_change=0, line_search_fn="strong_wolfe"
+        [weight], max_iter=2000, tolerance_grad=tolerance, tolerance_change=0, line_search_fn="strong_wolfe"
     )
 
     def closure():
         optimizer.zero_grad()
-        loss = F.cross_entropy(h @ weight.mT, y)
-        loss = loss + penalty / 2 * weight[:, :-1].square().sum()
+        loss = F.cross_entropy(h @ weight.mT, y) + penalty / 2 * weight[:, :-1].square().sum()
         loss.backward()
         return loss
 

@@ -147,7 +147,7 @@ def test_an_interrupted_evaluation_ends_bit_for_bit_as_one_that_was_not(mode, tm
 def test_features_are_kept_until_images_change(tmp_path, folder, monkeypatch, capsys):
     data = shutil.copytree(folder, tmp_path / "data")
     assert evaluate("--mode knn --batch-size 4096", data, tmp_path / "1") == 0
-    how = f"temperature 0.07; resnet18 of random; {data}: 48 training, 48 test images, centre 24 of 27 pixels"
+    how = f"temperature 0.07; resnet18 of random; {data}: 48 training, 48 test images, centre 20 of 22 pixels"
     assert how in capsys.readouterr().out
     monkeypatch.setattr(common, "features", None)
     assert evaluate("--mode knn,cached", data, tmp_path / "2") == 0
