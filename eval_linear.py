@@ -324,8 +324,7 @@ def choose(weights, h, y):
     """The name of the linear classifier that is best on held-out features, and the accuracies of all."""
     grid = {}
     for name, weight in weights.items():
-        right = (h @ weight.mT).argmax(1) == y
-        grid[name] = 100 * float(right.double().mean())
+        grid[name] = 100 * float(((h @ weight.mT).argmax(1) == y).double().mean())
     best = [name for name in grid if grid[name] == max(grid.values())]
     return best[len(best) // 2], grid  # of equals the middle one: few images tell few apart
 
