@@ -199,7 +199,7 @@ def views_of(args):
     """The two global views and, with SwAV's areas and the first view's colours, the local ones."""
     area = (0.14, 1) if args.local_crops else VIEWS[args.views][0].area
     views = [view._replace(size=args.size, area=area) for view in VIEWS[args.views]]
-    side = max(18 if args.size >= 18 else 12, round(args.size * 96 / 224))  # below 18, see start
+    side = max(min(18, args.size), round(args.size * 96 / 224))  # below 18 pixels: see start
     local = views[0]._replace(size=side, area=(0.05, 0.14), blur_p=min(0.5, views[0].blur_p))
     return views + [local] * args.local_crops
 

@@ -358,7 +358,7 @@ def write_sheet(path, data, neighbours):
         tiles.append(picture / 255)
         for row in neighbours[query].tolist():
             (picture,), other, _ = bank.cut(row, None)
-            tiles.append(picture / (255 if other == label else 1020))
+            tiles.append(picture / (255 if other == label else 4 * 255))
     torchvision.utils.save_image(tiles, path, nrow=1 + neighbours.shape[1], pad_value=1)
 
 
@@ -386,8 +386,8 @@ def train(args, net, data, device):
     online = nn.Sequential(backbone, heads).to(device)
     average = copy.deepcopy(heads)
     model = common.parallel(online, args, device)
-    grid = torch.tensor(points, device=device).repeat(shape[0], 1)  # (C G, 2)
-    lr, wd = grid[:, :, None].unbind(1)
+    settings = torch.tensor(points, device=device).repeat(shape[0], 1)  # (C G, 2)
+    lr, wd = settings[:, :, None].unbind(1)
     groups = [
         dict(params=heads.parameters(), peak=1.0, fall=0.1),
         dict(params=backbone.parameters(), peak=args.lr_backbone, fall=0.2),

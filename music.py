@@ -132,13 +132,8 @@ def get_args(argv=None):
     add = parser.add_argument_group("MUSIC").add_argument
     add("--segment", type=common.number(int, 1), help="s, number of units in a segment; divides --dim")
     add("--temperature", type=common.number(float, 1e-3), help="of the softmax in a segment")
-    add(
-        "--weights",
-        type=common.number(float, 0),
-        nargs=3,
-        default=[1.0, 1.0, 1.0],
-        help="of the terms within segments, between segments and invariance",
-    )
+    weight = common.number(float, 0)
+    add("--weights", type=weight, nargs=3, default=[1.0, 1.0, 1.0], help="within, between, invariance")
     add("--hidden", type=common.number(int, 1), nargs="+", help="widths of the projector's hidden layers")
     add("--dim", type=common.number(int, 2), help="d = S s, dimension of the embedding")
     args = common.parse(parser, RECIPES, argv)

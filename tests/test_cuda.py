@@ -97,7 +97,7 @@ def test_a_step_that_only_steps_does_not_wait(gpu, name, tmp_path, monkeypatch, 
         gpu.hurry = False
 
     monkeypatch.setattr(common, "batches", until_third)
-    flags = f"--device cuda --batch-size 16 --subset 20 --log-every 100 {FLAGS[name][common.world()]}".split()
+    flags = f"--device cuda --precision fp32 --subset 20 --log-every 99 {FLAGS[name][common.world()]}".split()
     data = big_folder if common.world() == 1 else folder  # files, or images in memory
     for _ in range(2):
         assert train(*flags, "--data", data, "--out", tmp_path, module=__import__(name)) == 0
