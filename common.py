@@ -1,10 +1,10 @@
 """What the four methods share: arguments, random numbers, views, data, networks, ranks, optimisers, monitors,
-the run directory and launching.
+run directories and launching.
 
-These are functions and small objects with one job each; the order in which they are used stands in the `main`
-of a method file. Every random choice made for an image is a pure function of (seed, epoch, image, choice),
-see `uniform`: there is no generator state to save, the number of workers does not matter, and one global
-batch gets the same views on 1, 2 or 8 ranks.
+These are functions and small objects with one job each; see main() of a method for the order of their use.
+Every random choice made for an image is a pure function of (seed, epoch, image, choice), see `uniform`: there
+is no generator state to save, the number of workers does not matter, and one global batch gets the same views
+on 1, 2 or 8 ranks.
 """
 
 import argparse
@@ -48,9 +48,9 @@ from tqdm import tqdm
 
 
 def fail(message):
-    """End the program for a mistake of its user: one sentence on stderr, exit code 2."""
+    """End the program because of a user's mistake: one sentence on stderr, exit code 2."""
     if rank() > 0:
-        time.sleep(3)  # if all ranks fail alike, rank 0 speaks, and the launcher ends the others meanwhile
+        time.sleep(3)  # if all ranks fail alike, rank 0 says so, and the launcher ends the others
     print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
     raise SystemExit(2)
 
@@ -87,31 +87,35 @@ def number(kind, low, high=1e9):
 
 # fmt: off
 def add_run_flags(add):
-    """The flags that pretraining and evaluation share; `add` is add_argument of a group."""
+    """Add the flags that pretraining and evaluation share; `add` is add_argument of a group."""
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     cores = int(os.environ.get("SLURM_CPUS_PER_TASK", os.cpu_count() // ranks_here))
-    add("--seed", type=number(int, 0, 2**62), default=0, help="of all random choices")
+    add("--seed", type=number(int, 0, 2**62), default=0, help="random seed")
     add("--workers", type=number(int, 0, 1024), default=min(16, cores), help="decoding processes per rank")
     add("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu",
-        help="a rank takes the GPU of its number; CUDA_VISIBLE_DEVICES chooses among them")
-    add("--precision", choices=["bf16", "fp32"], help="of the networks (default: bf16 where hardware has it)")
-    add("--save-minutes", type=number(float, 1e-3), default=15.0, help="between checkpoints")
-    add("--log-every", type=number(int, 1), default=50, help="steps")
+        help="rank r uses GPU r of the machine, or of CUDA_VISIBLE_DEVICES")
+    add("--precision", choices=["bf16", "fp32"], help="of the networks (default: bf16 on GPUs that have "
+        "it, else fp32)")
+    add("--save-minutes", type=number(float, 0), default=15.0, help="minutes between checkpoints")
+    add("--log-every", type=number(int, 1), default=50, help="steps between records")
 
 
-def parser_for(doc, lr="for 256 images, times batch-size / 256"):
-    """The flags of every method; those without a default here take it from the recipe. lr: what --lr is."""
+def parser_for(doc, lr="for 256 images, times batch-size / 256", last_lr="as a fraction of --lr"):
+    """The flags of every method; those without a default here take it from the recipe.
+
+    lr, last_lr: what --lr and --last-lr mean.
+    """
     parser = Parser(description=doc, usage="%(prog)s [flags]")
     add = parser.add_argument_group("data and run").add_argument
     add("--data", help="folder with train/ and val/ (or test/) of class folders; any folder of images; "
-        "cifar10, cifar100 or stl10, with :/where/it/lies (default ./data); left out: built-in patterns")
+        "cifar10, cifar100 or stl10, with :/path/to/it (default ./data); without --data: built-in patterns")
     add("--subset", type=number(int, 0), default=0, help="train on the first N images of each class (0: all)")
     add("--out", help="run directory; the same command again resumes (default: runs/SCRIPT-RECIPE)")
     add("--recipe", help="published or tuned settings, any flag overrides one (default: imagenet for a "
         "folder, the data set's own by name, demo without --data)")
     add("--init", metavar="FILE", help="a backbone.pth to start from")
     add("--epochs", type=number(int, 1), help="passes over the data")
-    add("--batch-size", type=number(int, 2), help="N, images a step over all ranks")
+    add("--batch-size", type=number(int, 2), help="N, images per step over all ranks")
     add_run_flags(add)
     add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the networks")
     add("--micro-batch", type=number(int, 0), default=0, help="rows whose activations the backbone keeps at "
@@ -121,13 +125,14 @@ def parser_for(doc, lr="for 256 images, times batch-size / 256"):
     add = parser.add_argument_group("views").add_argument
     add("--views", choices=list(VIEWS), help="augmentation recipe")
     add("--size", type=number(int, 12, 1024), help="side of the two global views, pixels")
-    add("--local-crops", type=number(int, 0, 64), default=0, help="more, small views (96 pixels at size 224)")
+    add("--local-crops", type=number(int, 0, 64), default=0, help="extra small views, of side 96/224 --size")
     add = parser.add_argument_group("network and optimiser").add_argument
     add("--arch", help="a ResNet of torchvision.models, e.g. resnet18, resnet50, wide_resnet50_2")
     add("--stem", choices=["imagenet", "cifar"], help="cifar: first convolution 3x3, stride 1, no pooling")
-    add("--zero-init", action=argparse.BooleanOptionalAction, help="last BN gain of each residual block at 0")
+    add("--zero-init", action=argparse.BooleanOptionalAction, help="start each block's last BN gain at 0")
     add("--optimizer", choices=["lars", "sgd", "adamw"])
     add("--lr", type=number(float, 0, 1e6), help=f"peak learning rate, {lr}")
+    add("--last-lr", type=number(float, 0, 1e6), help=f"learning rate at the end, {last_lr}")
     add("--wd", type=number(float, 0, 1e3), help="weight decay; of biases and norms with sgd alone")
     add("--warmup", type=number(float, 0), help="epochs of linear warm-up; then a cosine")
     return parser
@@ -135,7 +140,7 @@ def parser_for(doc, lr="for 256 images, times batch-size / 256"):
 
 
 def parse(parser, recipes, argv):
-    """The flags that are given, over the values of the recipe, over the defaults of the parser."""
+    """Parse flags over the values of the recipe, and those over the parser's defaults."""
     given, _ = parser.parse_known_args(argv)
     default = "demo"
     if given.data:
@@ -147,7 +152,7 @@ def parse(parser, recipes, argv):
     parser.set_defaults(**recipes[recipe], recipe=recipe, out=f"runs/{Path(sys.argv[0]).stem}-{recipe}")
     args = parser.parse_args(argv)
     if args.compile and args.micro_batch:
-        fail(f"--micro-batch {args.micro_batch} does not go with --compile: leave one out")
+        fail(f"--micro-batch {args.micro_batch} does not work with --compile: leave one out")
     return args
 
 
@@ -160,7 +165,7 @@ MIX2 = 0x94D049BB133111EB - (1 << 64)
 
 
 def hash64(*parts):
-    """63 random bits, int64, for ints or int64 tensors that broadcast: splitmix64 over the parts."""
+    """63 random bits as int64, by splitmix64, a function of ints or int64 tensors that broadcast."""
     x = torch.tensor(0)
     for part in parts:
         x = x + (torch.as_tensor(part) + 1) * GOLDEN
@@ -171,7 +176,7 @@ def hash64(*parts):
 
 
 def uniform(*parts):
-    """Uniform in [0, 1), float64. For an image the parts are seed, epoch, number of the image and choice."""
+    """Uniform in [0, 1), float64, a function of the parts: for images (seed, epoch, image index, choice)."""
     return (hash64(*parts) >> 10).double() * 2.0**-53
 
 
@@ -199,7 +204,7 @@ def views_of(args):
     """The two global views and, with SwAV's areas and the first view's colours, the local ones."""
     area = (0.14, 1) if args.local_crops else VIEWS[args.views][0].area
     views = [view._replace(size=args.size, area=area) for view in VIEWS[args.views]]
-    side = max(min(18, args.size), round(args.size * 96 / 224))  # below 18 pixels: see start
+    side = max(BLUR_RADIUS + 1, round(args.size * 96 / 224))
     local = views[0]._replace(size=side, area=(0.05, 0.14), blur_p=min(0.5, views[0].blur_p))
     return views + [local] * args.local_crops
 
@@ -682,7 +687,7 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
         running = self.running_mean, self.running_var
         if x.device.type == "cuda":
             return NormaliseOverRanks.apply(x, self.weight, self.bias, *running, self.momentum, self.eps)
-        everyone = GatherRows.apply(x)
+        everyone = all_gather(x)
         y = F.batch_norm(everyone, *running, self.weight, self.bias, True, self.momentum, self.eps)
         return y[rank() * len(x) :][: len(x)]  # not chunk(): ReLU may not work in place on its views
 
@@ -712,20 +717,6 @@ class NormaliseOverRanks(torch.autograd.Function):
         dist.all_reduce(sums)
         grad_x = torch.batch_norm_backward_elemt(grad, x, mean, invstd, weight, *sums, counts)
         return grad_x, grad_weight, grad_bias, None, None, None, None
-
-
-class GatherRows(torch.autograd.Function):
-    """Rows of all ranks, (W n, ...). Backward: the gradient of these rows, summed over the ranks."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return all_gather(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        grad = grad.contiguous()
-        dist.all_reduce(grad)
-        return grad.chunk(world())[rank()]
 
 
 def per_view(net, xs, micro_batch=0):
@@ -776,8 +767,8 @@ def parallel(net, args, device):
         return net
     if device.type == "cuda":
         options = dict(device_ids=[device.index])
-    else:  # keep the buckets, so that a resumed run sums gradients in the same order, to the bit
-        options = dict(find_unused_parameters=True)
+    else:  # a bucket each: larger ones DDP refills after a step, and a resumed run would add up in another order
+        options = dict(bucket_cap_mb=1e-6)
     model = nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True, **options)
     model.broadcast_buffers = False  # they are the same on all ranks; the argument of that name goes
     return model
@@ -792,7 +783,7 @@ def ema_update(average, net, momentum):
 
 
 def autocast(args, device):
-    """bfloat16 in the networks, with --precision bf16."""
+    """bfloat16 within, with --precision bf16."""
     return torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
 
@@ -800,48 +791,75 @@ def autocast(args, device):
 
 
 def rank():
+    """The number of this process among all; 0 where there is only one."""
     return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
 
 
 def world():
+    """The number of ranks, W."""
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
 
 
 @lru_cache
 def cpu_group(_):
-    """A gloo group of all ranks: to agree, and to wait, also for a download, without the GPU."""
+    """A gloo group of all ranks, in which they agree and wait for each other, not for a GPU."""
     return dist.new_group(backend="gloo", timeout=timedelta(days=1))
 
 
-def from_rank_0(make):
-    """The object that make() returns on rank 0, on every rank."""
-    made = [make() if rank() == 0 else None]
+def from_rank_0(function):
+    """The object that function() returns on rank 0, on every rank."""
+    objects = [function() if rank() == 0 else None]
     if dist.is_initialized():
-        dist.broadcast_object_list(made, group=cpu_group(dist.group.WORLD))
-    return made[0]
+        dist.broadcast_object_list(objects, group=cpu_group(dist.group.WORLD))
+    return objects[0]
+
+
+def barrier():
+    """Wait on the CPU until all ranks are here, for a day if need be: a disk or a download may be slow."""
+    from_rank_0(lambda: None)
+
+
+class AllReduce(torch.autograd.Function):
+    """The sum over ranks of a tensor; backward, the sum over ranks of its gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        total = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        return AllReduce.forward(ctx, grad)
+
+
+class AllGather(torch.autograd.Function):
+    """The rows of all ranks; backward, this rank's rows of the sum over ranks of the gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        out = x.new_empty(world() * len(x), *x.shape[1:])
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its older name
+        gather(out, x.contiguous())
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        return AllReduce.forward(ctx, grad).chunk(world())[rank()]
 
 
 def all_reduce(x):
-    """The sum over ranks of a statistic from which every rank computes the same loss.
+    """The sum over ranks of x, in any nesting with an exact gradient.
 
-    Backward needs no communication: the gradient times W, since DDP divides by W.
+    Each rank computes the loss of the global batch, and backward adds up what all of them ask of x. So
+    gradients are W times those of one process, and DDP, which averages over W ranks, makes them the same.
     """
-    if not dist.is_initialized():
-        return x
-    total = x.detach().clone()
-    dist.all_reduce(total)
-    return total + world() * (x - x.detach())
+    return AllReduce.apply(x) if dist.is_initialized() else x
 
 
-@torch.no_grad()
 def all_gather(x):
-    """Rows of all ranks in rank order, (W n, ...), without gradient; x (n, ...), the same n everywhere."""
-    if not dist.is_initialized():
-        return x.detach()
-    out = x.new_empty(world() * len(x), *x.shape[1:])
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its older name
-    gather(out, x.contiguous())
-    return out
+    """The rows x (n, ...) of all ranks in rank order, (W n, ...); n is the same on all."""
+    return AllGather.apply(x) if dist.is_initialized() else x
 
 
 def with_gradient(value, z, grad):
@@ -851,28 +869,26 @@ def with_gradient(value, z, grad):
 
 
 def start(args, script):
-    """The device of this rank; joins the process group, checks --out, sets the seed, writes nothing.
-
-    Of 16 pixels and less, one is left before the last stage of a ResNet, where torch 2.14's gradient of a
-    convolution of stride 2 is arbitrary in bf16 on CPUs: there the precision is fp32 unless it is given.
-    """
+    """Join the process group, check --out, set the seed; returns the device of this rank. Writes nothing."""
     args.script = str(Path(script).resolve())
     if args.batch_size % world() or args.batch_size < 2 * world():
         fail(f"--batch-size {args.batch_size} on {world()} ranks: it must divide, into 2 or more images each")
     device = torch.device("cpu")
     group = dict(backend="gloo")
-    has_bf16 = torch.backends.cpu.get_cpu_capability() == "AVX512" and (args.size or 224) >= 18
+    default = "fp32"
     if args.device == "cuda":
         gpus = torch.cuda.device_count()  # SLURM may show a rank only its own
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) if gpus > 1 else 0)
         if device.index >= gpus:
-            fail(f"--device cuda: GPU {device.index} is wanted and there are {gpus}, give cpu or fewer ranks")
+            fail(f"--device cuda: this rank needs GPU {device.index} of {gpus}: give cpu or fewer ranks")
         torch.cuda.set_device(device)
-        torch.set_num_threads(1)  # little is left on the CPU, and threads would wait for busy workers
+        torch.set_num_threads(1)  # little is left to do on the CPU, and threads would fight with the workers
         group = dict(backend="nccl", device_id=device)
-        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    if args.precision is None:
-        args.precision = "bf16" if has_bf16 else "fp32"
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            default = "bf16"
+    args.precision = args.precision or default
+    if device.type == "cpu" and args.precision == "bf16" and (args.size or 224) < 18:
+        fail(f"--precision bf16 at --size {args.size} on a CPU, where its gradients are wrong: give fp32")
     torch.backends.cudnn.allow_tf32 = False
     if world() > 1 and not dist.is_initialized():
         dist.init_process_group(**group)
@@ -885,9 +901,9 @@ def start(args, script):
 
 
 class LARS(torch.optim.SGD):
-    """You, Gitman, Ginsburg 2017: SGD, each layer's gradient times 1e-3 |weights| / |gradient with decay|.
+    """SGD with the gradient of each layer scaled by 1e-3 |weights| / |gradient + decay|.
 
-    Biases and norms are not scaled and do not decay.
+    You, Gitman, Ginsburg 2017, arXiv 1708.03888. Biases and norms are not scaled and do not decay.
     """
 
     @torch.no_grad()
@@ -903,20 +919,20 @@ class LARS(torch.optim.SGD):
         return super().step(closure)
 
 
-def make_optimizer(net, args):
-    """--optimizer for all parameters; with lars and adamw, biases and norms do not decay."""
+def make_optimizer(net, kind, lr, wd):
+    """An optimiser of all parameters, "lars", "sgd" or "adamw"; biases and norms decay with sgd alone."""
     params = list(net.parameters())
-    if args.optimizer == "sgd":
-        return torch.optim.SGD(params, args.lr, momentum=0.9, weight_decay=args.wd, foreach=True)
-    if args.optimizer == "lars":
-        return LARS([dict(params=params, decay=args.wd)], args.lr, momentum=0.9, foreach=True)
-    weights = dict(params=[p for p in params if p.ndim > 1], weight_decay=args.wd)
+    if kind == "sgd":
+        return torch.optim.SGD(params, lr, momentum=0.9, weight_decay=wd, foreach=True)
+    if kind == "lars":
+        return LARS([dict(params=params, decay=wd)], lr, momentum=0.9, foreach=True)
+    weights = dict(params=[p for p in params if p.ndim > 1], weight_decay=wd)
     others = dict(params=[p for p in params if p.ndim <= 1], weight_decay=0)
-    return torch.optim.AdamW([weights, others], args.lr, fused=True)
+    return torch.optim.AdamW([weights, others], lr, fused=True)
 
 
 def warmup_cosine(step, warmup, total, first=0.0, last=0.0):
-    """Linear from `first` up to 1 over `warmup` steps, then half a cosine down to `last` at `total`."""
+    """A factor of the rate: from `first` to 1 over `warmup` steps, then a cosine to `last` at `total`."""
     if step < warmup:
         return first + (1 - first) * (step + 1) / (warmup + 1)
     progress = (step - warmup) / max(1, total - warmup)
@@ -924,7 +940,7 @@ def warmup_cosine(step, warmup, total, first=0.0, last=0.0):
 
 
 def set_lr(optimizer, lr):
-    """The same learning rate for all parameters."""
+    """Set the learning rate of all parameters."""
     for group in optimizer.param_groups:
         group["lr"] = lr
 
@@ -934,10 +950,10 @@ def set_lr(optimizer, lr):
 
 @torch.no_grad()
 def features(backbone, images, rows, args, resize=0):
-    """Features (m, D), float32, of the centres of images `rows`, and their labels (m,), on every rank."""
+    """Features (m, D), float32, of centre crops of the images in `rows`, and labels (m,), on every rank."""
     device = next(backbone.parameters()).device
     view = View(size=args.size, resize=resize or args.size * 8 // 7)  # 36 for 32, 73 for 64, 256 for 224
-    padded = torch.cat([rows, rows[:1].expand(-len(rows) % world())])  # the same number on all ranks
+    padded = torch.cat([rows, rows[:1].expand(-len(rows) % world())])  # a multiple of W
     order = [(0, 0, part) for part in padded.chunk(world())[rank()].split(256)]
     training = backbone.training
     backbone.eval()
@@ -954,8 +970,8 @@ def features(backbone, images, rows, args, resize=0):
 def nearest(h, bank, k):
     """Cosine similarities and rows, (m, k) each, best first, of the k nearest of bank (n, D) to h (m, D)."""
     bank = F.normalize(bank, dim=1).mT
-    found = [(F.normalize(part, dim=1) @ bank).topk(k) for part in h.split(512)]
-    return [torch.cat(parts) for parts in zip(*found, strict=True)]
+    parts = [(F.normalize(part, dim=1) @ bank).topk(k) for part in h.split(512)]
+    return [torch.cat(column) for column in zip(*parts, strict=True)]
 
 
 def knn_votes(similarity, labels, classes, temperature=0.07):
@@ -979,7 +995,7 @@ def effective_rank(z):
 
 @torch.no_grad()
 def spread(h, z):
-    """How far features h (n, D) and embeddings z (n, d) are from collapse, of 1,024 rows of all ranks."""
+    """How far features h (n, D) and embeddings z (n, d) are from collapse, by 1,024 rows of all ranks."""
     h, z = [all_gather(x[: 1024 // world()].float()) for x in (h, z)]
     deviations = dict(std_h=h.std(0).mean(), std_z=F.normalize(z, dim=1).std(0).mean())
     return dict(deviations, rank_h=effective_rank(h), rank_z=effective_rank(z), spectrum_z=spectrum(z))
@@ -991,7 +1007,7 @@ def gradient_norm(net):
 
 
 class Probe(nn.Sequential):
-    """Online linear classifier of L2-normalised features after a BN; without labels it does nothing."""
+    """An online linear classifier of L2-normalised features after a BN; without labels it does nothing."""
 
     def __init__(self, width, train, device):
         super().__init__(BatchNorm(width, affine=False), nn.Linear(width, len(train.classes) or 1))
@@ -1006,7 +1022,7 @@ class Probe(nn.Sequential):
         self.optimizer.load_state_dict(saved)
 
     def step(self, h, y):
-        """One step on features h (n, D) of images with labels y (n,), -1 for none."""
+        """One step on features h (n, D), detached, of images with labels y (n,), -1 for none."""
         if not self.labelled:
             return
         known = all_reduce((y >= 0).sum()).clamp(min=1)
@@ -1018,21 +1034,21 @@ class Probe(nn.Sequential):
         self.optimizer.step()
 
 
-def evenly(rows, most):
-    """At most `most` of the rows, evenly spread."""
-    count = min(len(rows), most)
+def evenly(rows, limit):
+    """At most `limit` of the rows, evenly spread."""
+    count = min(len(rows), limit)
     return rows[torch.arange(count) * len(rows) // count]
 
 
 def evaluation_due(step, steps_per_epoch, args):
-    """Before the first step, and at the start of every --knn-every-th epoch."""
+    """Whether kNN is to be tested: before the first step, and at the start of every --knn-every-th epoch."""
     every = args.knn_every * steps_per_epoch
     return step == 0 or (every > 0 and step % every == 0)
 
 
 @torch.no_grad()
 def evaluate(backbone, probe, bank, test, args):
-    """Accuracies in [0, 1] of kNN (k = 20) and probe: 10,000 test images, a bank of 25,000 at most."""
+    """Accuracies in [0, 1] of kNN (k = 20) and probe, on up to 10,000 test images, with a bank of 25,000."""
     if test is None:
         return {}
     h_bank, y_bank = features(backbone, bank, evenly(bank.labelled(), 25_000), args)
@@ -1050,12 +1066,12 @@ def evaluate(backbone, probe, bank, test, args):
 # ------------------------------------------------------------------------------------------ run directory
 
 MAY_CHANGE = {"out", "script", "data", "workers", "device", "save_minutes", "log_every"}  # when a run resumes
-TOKEN = secrets.token_hex(8)  # of this process; a run directory holds that of the last run started on it
-SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)  # SLURM's warning, the end, Ctrl-C
+TOKEN = secrets.token_hex(8)  # of this process; the run directory holds that of the process started last
+SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)  # SLURM's warning, termination, Ctrl-C
 
 
 def check_directory(args):
-    """Refuse an --out that holds another run or something else."""
+    """Refuse an --out that holds another run, or something that is not a run."""
     out = Path(args.out)
     try:
         if not out.exists() or {path.name for path in out.iterdir() if path.suffix != ".tmp"} <= {"submit"}:
@@ -1071,10 +1087,11 @@ def check_directory(args):
         fail(f"--out {out} holds another run ({', '.join(changes)}): choose another --out")
 
 
-def surroundings():
-    """What a run depends on beside its arguments; submit leaves the commit in the environment of jobs."""
+def provenance(step):
+    """Where the steps from `step` on come from, for args.json; jobs know the commit that submit() noted."""
     git = f"git -C '{Path(__file__).parent}' describe --always --dirty 2>/dev/null"
     return dict(
+        step=step,
         command=sys.argv,
         commit=os.environ.get("CODE_COMMIT") or subprocess.getoutput(git),
         versions=[sys.version, torch.__version__, torchvision.__version__],
@@ -1084,7 +1101,7 @@ def surroundings():
 
 
 def write(path, save):
-    """save(file) to a temporary file, which is renamed, so that a killed run leaves the old file intact."""
+    """Write a temporary file by save(file) and rename it, so that a killed run leaves the old one intact."""
     temporary = Path(f"{path}.{TOKEN}.tmp")  # another job may write the same file
     with open(temporary, "wb") as file:
         save(file)
@@ -1103,16 +1120,16 @@ def load_checked(path):
 
 
 def newest_checkpoint(out):
-    """The path of the newest whole checkpoint, None where there is none; a damaged one gets another name."""
+    """The path of the newest intact checkpoint, or None; a damaged one is renamed."""
     paths = [path for path in (out / "checkpoint.pt", out / "checkpoint-previous.pt") if path.exists()]
     for path in paths:
         try:
             load_checked(path)
             return path
-        except Exception as error:  # damage has many names
+        except Exception as error:  # torch and zipfile raise many types
             if path == paths[-1]:
-                fail(f"{path} is damaged ({error}), and there is none before it: choose another --out")
-            print(f"{path} is damaged ({error}): set aside, going on from the one before", file=sys.stderr)
+                fail(f"{path} is damaged ({error}), and there is no earlier one: choose another --out")
+            print(f"{path} is damaged ({error}): going on from the one before", file=sys.stderr)
             path.rename(out / "checkpoint-damaged.pt")
     return None
 
@@ -1127,33 +1144,52 @@ def resume(args, state):
         step = saved["step"]
         for name, part in state.items():
             if name not in saved:
-                fail(f"{path} holds no '{name}', it is of other code: choose another --out")
+                fail(f"{path} has no '{name}', other code has saved it: choose another --out")
             part.load_state_dict(saved[name])
-    if rank() > 0:
-        return step
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        for left in out.glob("*.tmp"):  # by a run that was killed
-            left.unlink()
-        settings = json.dumps(dict(vars(args), surroundings=surroundings()), indent=1)
-        write(out / "args.json", lambda file: file.write(settings.encode()))
-        (out / "token").write_text(TOKEN)
-        for source in (args.script, __file__):
-            with contextlib.suppress(shutil.SameFileError):  # a run's own copy
-                shutil.copy(source, out)
-        if path:
+        if rank() == 0:
             print(f"{out}: resuming at step {step}, saved by {saved['world']} rank(s)", file=sys.stderr)
-        log = out / "log.jsonl"
-        if log.exists():
-            kept = bytearray()
-            for line in log.read_bytes().splitlines(True):
-                last = step if b'"loss"' in line else step - 1  # evaluations are made again
-                if line.endswith(b"}\n") and json.loads(line)["step"] <= last:
-                    kept += line
-            write(log, lambda file: file.write(kept))
-    except OSError as error:
-        fail(f"--out {out} cannot be written: {error}")
+    if rank() == 0:
+        try:
+            prepare_directory(args, step)
+        except OSError as error:
+            fail(f"--out {out} cannot be written: {error}")
     return step
+
+
+def prepare_directory(args, step):
+    """Write what a run directory says about this start, and cut its log to the records up to `step`."""
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    for temporary in out.glob("*.tmp"):  # of a run that was killed
+        temporary.unlink()
+    starts = []
+    if (out / "args.json").exists():
+        starts = json.loads((out / "args.json").read_text()).get("starts", [])
+    settings = json.dumps(dict(vars(args), starts=[*starts, provenance(step)]), indent=1)
+    write(out / "args.json", lambda file: file.write(settings.encode()))
+    (out / "token").write_text(TOKEN)
+    for source in (args.script, __file__):
+        copy_code(Path(source), out, step)
+    log = out / "log.jsonl"
+    if log.exists():
+        kept = bytearray()
+        for line in log.read_bytes().splitlines(True):
+            last = step if b'"loss"' in line else step - 1  # evaluations at this step are made again
+            if line.endswith(b"}\n") and json.loads(line)["step"] <= last:
+                kept += line
+        write(log, lambda file: file.write(kept))
+
+
+def copy_code(source, out, step):
+    """Copy a source file into the run directory; a copy that differs is kept as that of the steps before."""
+    copy = out / source.name
+    if copy.exists() and copy.read_bytes() != source.read_bytes():
+        old = out / f"{source.stem}-until-{step}{source.suffix}"
+        if not old.exists():  # else no step was saved with the copy
+            copy.rename(old)
+        print(f"{out}: {source.name} has changed since step {step}, the old code is {old}", file=sys.stderr)
+    with contextlib.suppress(shutil.SameFileError):  # the run's own copy is running
+        shutil.copy(source, copy)
 
 
 def check_finite(step, values, prefix=""):
@@ -1166,36 +1202,51 @@ def check_finite(step, values, prefix=""):
             fail(f"step {step}: {name} is not finite; the last checkpoint is kept")
 
 
+def check_loss(step, loss, terms):
+    """Refuse a loss that is not finite, naming its terms."""
+    values = {name: float(term) for name, term in terms.items()}
+    check_finite(step, {f"the loss (with terms {values})": loss})
+
+
 def save(args, step, state, backbone, loss, terms, name="backbone.pth"):
-    """On rank 0, write checkpoint.pt, keeping the one before, and the backbone under torchvision's names."""
-    numbers = {key: float(term) for key, term in terms.items()}
-    check_finite(step, {f"the loss (with terms {numbers})": loss})
-    if rank() > 0:
-        return
+    """Write checkpoint.pt, keeping the one before, and the backbone under torchvision's names, on rank 0."""
+    check_loss(step, loss, terms)
+    if rank() == 0:
+        saved = {key: part.state_dict() for key, part in state.items()}
+        check_finite(step, saved)
+        try:
+            write_checkpoint(args, dict(saved, step=step, world=world()))
+            write(Path(args.out, name), lambda file: torch.save(backbone.state_dict(), file))
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+            fail(f"step {step} cannot be saved in {args.out} ({error}); the last checkpoint is kept")
+    barrier()  # the others wait here, and not in a collective of the GPUs, which would time out
+
+
+def write_checkpoint(args, saved):
+    """Write checkpoint.pt, unless another run was started on the directory, and keep the one before."""
     out = Path(args.out)
-    saved = {key: part.state_dict() for key, part in state.items()}
-    check_finite(step, saved)
-    try:
-        if (out / "token").read_text() != TOKEN:
-            fail(f"step {step}: another run was started on {out}, and this one ends")
-        checkpoint, new = out / "checkpoint.pt", out / "checkpoint-new.pt"
-        write(new, lambda file: torch.save(dict(saved, step=step, world=world()), file))
-        if checkpoint.exists():
-            checkpoint.replace(out / "checkpoint-previous.pt")
-        new.replace(checkpoint)
-        write(out / name, lambda file: torch.save(backbone.state_dict(), file))
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        fail(f"step {step} cannot be saved in {out} ({error}); the checkpoint before is kept")
+    if (out / "token").read_text() != TOKEN:
+        fail(f"step {saved['step']}: another run was started on {out}, so this one ends")
+    checkpoint, new = out / "checkpoint.pt", out / "checkpoint-new.pt"
+    write(new, lambda file: torch.save(saved, file))
+    if checkpoint.exists():
+        checkpoint.replace(out / "checkpoint-previous.pt")
+    new.replace(checkpoint)
+
+
+def keep_due(step, steps_per_epoch, args):
+    """Whether the backbone is to be kept: at the end of every --keep-every-th epoch."""
+    return args.keep_every > 0 and step % (args.keep_every * steps_per_epoch) == 0
 
 
 def keep(args, epoch):
-    """Every --keep-every epochs, a copy of backbone.pth under another name."""
-    if rank() == 0 and args.keep_every and epoch % args.keep_every == 0:
+    """Copy backbone.pth, which was just saved, to backbone-EPOCH.pth."""
+    if rank() == 0:
         shutil.copy(Path(args.out, "backbone.pth"), Path(args.out, f"backbone-{epoch}.pth"))
 
 
 class Log:
-    """On rank 0: the progress bar, log.jsonl and TensorBoard."""
+    """The progress bar, log.jsonl and TensorBoard, written by rank 0."""
 
     def __init__(self, args, start, total):
         self.args = args
@@ -1203,6 +1254,7 @@ class Log:
         self.step = start
         self.clock = time.monotonic()
         self.waiting = 0.0
+        self.collapsed = False
         self.bar = tqdm(total=total, initial=start, disable=rank() > 0, mininterval=5)
         if rank() == 0:
             from torch.utils import tensorboard  # slow to import
@@ -1213,32 +1265,41 @@ class Log:
                 self.board.file_writer.add_summary(summary)
 
     def watch(self, batches):
-        """The batches, while the bar moves and the seconds that they are waited for are counted."""
-        begun = time.monotonic()
+        """Yield the batches, moving the bar and adding up the seconds that are spent waiting for them."""
+        asked = time.monotonic()
         for batch in batches:
-            self.waiting += time.monotonic() - begun
+            self.waiting += time.monotonic() - asked
             yield batch
             self.bar.update()
-            begun = time.monotonic()
+            asked = time.monotonic()
 
     def due(self, step):
-        """At the first step, every --log-every and at the last."""
+        """Whether there is to be a record: at the first step, every --log-every steps, and at the last."""
         return step in (1, self.total) or step % self.args.log_every == 0
 
-    def __call__(self, step, spectrum_z=None, **values):
-        """A record of numbers, or 0-dim tensors, with the speed where a loss is among them."""
+    def __call__(self, step, terms, spectrum_z=None, **values):
+        """Record numbers or 0-dim tensors: terms of the loss with the loss and more, or an evaluation's.
+
+        A loss that is not finite ends the run, on all ranks.
+        """
+        clash = terms.keys() & {"step", "images_per_second", "seconds_waiting", "spectrum_z", *values}
+        if clash:
+            fail(f"the loss has a term named '{min(clash)}', which the log uses itself: rename it")
+        if "loss" in values:
+            check_loss(step, values["loss"], terms)
+        values.update(terms)
         if rank() > 0 or not values:
             return
         values = {name: value.item() if torch.is_tensor(value) else value for name, value in values.items()}
         now = time.monotonic()
-        if "loss" not in values:
-            group = "eval"
-            self.bar.set_postfix(values, refresh=False)
-        else:
+        if "loss" in values:
             group = "train"
             self.bar.set_postfix(loss=values["loss"], refresh=False)
             values["images_per_second"] = self.args.batch_size * (step - self.step) / (now - self.clock)
             values["seconds_waiting"] = self.waiting
+        else:
+            group = "eval"
+            self.bar.set_postfix(values, refresh=False)
         self.step = step
         self.clock = now
         self.waiting = 0.0
@@ -1248,19 +1309,25 @@ class Log:
             self.board.add_scalar(f"{group}/{name}", value, step)
         if spectrum_z is not None:
             self.board.add_histogram("train/spectrum_z_log10", spectrum_z.clamp(min=1e-12).log10(), step)
-            if values["rank_z"] < 4 <= len(spectrum_z) / 4 and step > min(100, self.total // 4):
-                text = f"collapse: the effective rank of the embeddings is {values['rank_z']:.1f}"
-                tqdm.write(f"step {step}: {text} of {len(spectrum_z)}", sys.stderr)
+            self.warn_of_collapse(step, values["rank_z"], len(spectrum_z))
+
+    def warn_of_collapse(self, step, rank_z, largest):
+        """Say that embeddings have collapsed, once, and again only after they had recovered."""
+        collapsed = rank_z < 4 <= largest / 4 and step > min(100, self.total // 4)
+        if collapsed and not self.collapsed:
+            text = f"collapse: the effective rank of the embeddings is {rank_z:.1f} of {largest}"
+            tqdm.write(f"step {step}: {text}", sys.stderr)
+        self.collapsed = collapsed
+
+    def show(self, xs):
+        """The two global views of the first eight images, as a picture in TensorBoard."""
+        if rank() == 0:
+            self.board.add_images("views", torch.cat([x[:8] for x in xs[:2]]) * 0.226 + 0.449, self.step)
 
     def close(self):
         self.bar.close()
         if rank() == 0:
             self.board.close()
-
-    def show(self, xs):
-        """The global views of the first eight images, as a picture."""
-        if rank() == 0:
-            self.board.add_images("views", torch.cat([x[:8] for x in xs[:2]]) * 0.226 + 0.449, self.step)
 
 
 class Signals:
@@ -1273,6 +1340,7 @@ class Signals:
         self.before = {number: signal.signal(number, self.receive) for number in SIGNALS}
 
     def receive(self, number, _):
+        """The handler, which only takes note: ranks must stop at the same step."""
         self.received = number
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C does not wait
 
@@ -1288,8 +1356,7 @@ class Signals:
         return self.received > 0, due > 0
 
     def leave(self):
-        """End the program, which has saved. A job that SLURM warned is requeued, and waits to be ended."""
-        from_rank_0(bool)  # all have saved
+        """End the program after a save; a job that SLURM has warned is requeued, and waits to be ended."""
         name = signal.Signals(self.received).name
         submitted = os.environ.get("SUBMITIT_EXECUTOR")
         if rank() == 0:
@@ -1298,25 +1365,25 @@ class Signals:
                 self.before[signal.SIGUSR2](signal.SIGUSR2, None)  # submitit's: requeues the job, and exits
         if submitted == "slurm" and name != "SIGINT":
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(900)  # who leaves a SLURM job before it is ended completes or fails it
+            time.sleep(900)  # a task that leaves early would complete or fail the SLURM job
         self.restore()
         leave_ranks()
         raise SystemExit(130 if name == "SIGINT" else 0)
 
     def restore(self):
-        """The handlers of before."""
+        """Put the handlers back that were there before."""
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
 
 def leave_ranks():
-    """Destroy the process group, where there is one, at the end of a program."""
+    """Destroy the process group, if there is one, at the end of a program."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def finish(log, signals):
-    """Say where everything is and what to type next, and leave the process group."""
+    """Close the log, leave the process group, and say where everything is and what to type next."""
     signals.restore()
     log.close()
     leave_ranks()
@@ -1337,35 +1404,30 @@ def finish(log, signals):
 
 
 def launch(main, get_args):
-    """What a script ends with: run it here, or a sweep in turn, or leave them to a scheduler."""
+    """Run a script's main here, or leave it to a scheduler: what every script ends with."""
     parser = Parser(usage=argparse.SUPPRESS, add_help=False)
     add = parser.add_argument_group("launch").add_argument
     # fmt: off
-    add("--submit", choices=["slurm", "local"], help="run as a SLURM job, or in the background here")
-    add("--sweep", nargs="+", default=[], metavar="FLAG=V1,V2", help="a run below --out for each point of "
-        "the product; true and false for flags with a --no, 'flag=1 2,3' for flags of several values")
+    add("--submit", choices=["slurm", "local"], help="run as a SLURM job, or, to try a submission without "
+        "SLURM, in the background here")
+    add("--sweep", nargs="+", default=[], metavar="FLAG=V1,V2", help="with --submit, a run below --out for "
+        "each combination; true and false for flags with a --no, 'flag=1 2,3' for flags of several values")
     add("--nodes", type=number(int, 1), default=1)
     add("--gpus", type=number(int, 0), default=0, help="per node, a rank each")
     add("--tasks", type=number(int, 1), default=1, help="ranks per node, without GPUs")
     add("--cpus", type=number(int, 1), default=1, help="per rank")
-    add("--minutes", type=number(int, 1), default=60, help="until the run saves, is requeued and goes on")
+    add("--minutes", type=number(int, 1), default=60, help="time limit; the run saves, is requeued, goes on")
     add("--partition", help="of the cluster")
     add("--slurm", nargs="+", default=[], metavar="KEY=VALUE", help="more sbatch options: account, qos, ...")
     # fmt: on
     job, argv = parser.parse_known_args()
     if {"--help", "-h"} & set(argv):
-        with contextlib.suppress(SystemExit):
-            get_args(["--help"])
-        print(parser.format_help())
-        return
+        return show_help(get_args, parser)
+    if job.submit:
+        return submit(job, combinations(job.sweep, argv, get_args))
     for name, value in vars(job).items():
-        if not job.submit and name != "sweep" and value != parser.get_default(name):
-            fail(f"--{name} {value} is for jobs: give --submit slurm or --submit local, too")
-    if job.submit or job.sweep:
-        runs = sweep_points(job.sweep, argv, get_args)
-        if job.submit:
-            return submit(job, runs)
-        return run_in_turn(runs)
+        if value != parser.get_default(name):
+            fail(f"--{name} is for jobs: give --submit slurm or --submit local, too")
     try:
         main(get_args(argv))
     except torch.OutOfMemoryError as error:
@@ -1376,22 +1438,18 @@ def launch(main, get_args):
             worker.kill()
 
 
-def run_in_turn(runs):
-    """Run each point of a sweep in its own process. Ctrl-C is for the run, which saves, and ends all."""
-    if world() > 1:
-        fail(f"--sweep on {world()} ranks of torchrun: give --submit local with --gpus or --tasks")
-    signal.signal(signal.SIGINT, lambda *_: None)
-    codes = []
-    for flags in runs:
-        codes.append(subprocess.run([sys.executable, sys.argv[0], *flags]).returncode)
-        if codes[-1] in (130, -signal.SIGINT):
-            raise SystemExit(130)
-    if any(codes):
-        raise SystemExit(1)
+def show_help(get_args, launch_parser):
+    """Print the flags of a script and those of launching; a reader such as `head` may close the pipe."""
+    try:
+        with contextlib.suppress(SystemExit):
+            get_args(["--help"])
+        print("\n" + launch_parser.format_help(), end="", flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
 
 
-def sweep_points(sweep, argv, get_args):
-    """The flags of each point of the product, which has its own --out; wrong values are refused."""
+def combinations(sweep, argv, get_args):
+    """The flags of each run of a sweep, which has its own --out; wrong values are refused."""
     out = Path(get_args(argv).out).absolute()
     axes = []
     for item in sweep:
@@ -1400,65 +1458,39 @@ def sweep_points(sweep, argv, get_args):
             fail(f"--sweep {item}: give flag=value,value")
         axes.append([f"{flag}={value}" for value in values.split(",")])
     runs = []
-    for point in itertools.product(*axes):
+    for settings in itertools.product(*axes):
         flags = list(argv)
-        for setting in point:
+        for setting in settings:
             flag, _, value = setting.partition("=")
             switch = {"true": [f"--{flag}"], "false": [f"--no-{flag}"]}
             flags += switch.get(value, [f"--{flag}", *value.split()])
-        name = re.sub(r"[^\w.,=+-]", "_", ",".join(point))
+        name = re.sub(r"[^\w.,=+-]", "_", ",".join(settings))
         runs.append([*flags, "--out", str(out / name)])
         get_args(runs[-1])
     return runs
 
 
 class Job(submitit.helpers.Checkpointable):
-    """What each task of a job does: some runs in turn, as one rank. A job that is requeued resumes."""
+    """A task of a job: one rank of a run. After a requeue it runs again, and the run resumes."""
 
-    def __init__(self, script, runs):
+    def __init__(self, script, flags):
         self.script = script
-        self.runs = runs
-        self.gpus = os.environ.get("CUDA_VISIBLE_DEVICES")
+        self.flags = flags
 
     def __call__(self):
         job = submitit.JobEnvironment()
-        job.paths.result_pickle.unlink(missing_ok=True)  # of an earlier life
+        job.paths.result_pickle.unlink(missing_ok=True)  # left before a requeue
         ranks = submitit.helpers.TorchDistributedEnvironment()
-        if job.cluster == "local":  # submitit shows it the first GPUs, whatever the caller had
-            ranks.master_addr = "127.0.0.1"
-            del os.environ["CUDA_VISIBLE_DEVICES"]
-            if self.gpus is not None:
-                os.environ["CUDA_VISIBLE_DEVICES"] = self.gpus
-        sys.path.insert(0, os.path.dirname(self.script))
         restarts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
-        ranks.master_port = 20000 + (ranks.master_port + 100 * restarts) % 40000
-        for flags in self.runs:
-            ranks.master_port += 1  # the store of the run or of the life before may still be there
-            ranks.export(set_cuda_visible_devices=False, overwrite=True)
-            sys.argv = [self.script, *flags]
-            try:
-                runpy.run_path(self.script, run_name="__main__")
-            except SystemExit as end:
-                if end.code != 2 or len(self.runs) == 1 or world() > 1:
-                    raise  # else one point of a sweep has failed, and the others are to run
-
-
-@contextlib.contextmanager
-def detached(background):
-    """What is started within, if in the background, has neither this terminal nor its pipes."""
-    streams = [os.dup(stream) for stream in range(3)]
-    if background:
-        for stream in range(3):
-            os.dup2(os.open(os.devnull, os.O_RDWR), stream)
-    try:
-        yield
-    finally:
-        for stream in range(3):
-            os.dup2(streams[stream], stream)
+        ranks.master_port = 20000 + (ranks.master_port + 100 * restarts) % 40000  # the old store may be there
+        ranks.export(set_cuda_visible_devices=False, overwrite=True)
+        sys.path.insert(0, os.path.dirname(self.script))
+        sys.argv = [self.script, *self.flags]
+        runpy.run_path(self.script, run_name="__main__")
 
 
 def submit(job, runs):
-    """Submit runs with copies of the code as it is: on SLURM as a job array, here as one job, in turn."""
+    """Submit each run with copies of the code as it is now, as a job array, and print where it will be."""
     out = Path(os.path.commonpath([flags[-1] for flags in runs]))
     folder = out / "submit" / f"{time.strftime('%Y%m%d-%H%M%S')}-{TOKEN}"
     try:
@@ -1472,7 +1504,7 @@ def submit(job, runs):
             gpus_per_node=job.gpus or None,
             tasks_per_node=job.gpus or job.tasks,
             cpus_per_task=job.cpus,
-            timeout_min=job.minutes if job.submit == "slurm" else 10**6,
+            timeout_min=job.minutes,
             stderr_to_stdout=True,
             slurm_partition=job.partition,
             slurm_signal_delay_s=min(300, 6 * job.minutes),
@@ -1483,18 +1515,14 @@ def submit(job, runs):
                 **dict(item.partition("=")[::2] for item in job.slurm),
             },
         )
-        os.environ["CODE_COMMIT"] = surroundings()["commit"]  # jobs run copies, and inherit it
+        os.environ["CODE_COMMIT"] = provenance(0)["commit"]  # jobs run copies, and inherit it
         cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the job imports the copy of this file
-        groups = [[flags] for flags in runs]
-        if job.submit == "local":
-            groups = [runs]  # one job
-        with detached(job.submit == "local"), executor.batch():
-            jobs = [executor.submit(Job(script, group)) for group in groups]
+        with executor.batch():
+            jobs = [executor.submit(Job(script, flags)) for flags in runs]
     except (OSError, ValueError, RuntimeError) as error:
         shutil.rmtree(folder, ignore_errors=True)
         with contextlib.suppress(OSError):
             os.removedirs(folder.parent)  # where they are empty
         fail(f"--submit {job.submit}: {str(error).strip().splitlines()[-1]}")
-    for submitted, group in zip(jobs, groups, strict=True):
-        for flags in group:
-            print(f"job {submitted.job_id}: {flags[-1]}, log {submitted.paths.stdout}")
+    for submitted, flags in zip(jobs, runs, strict=True):
+        print(f"job {submitted.job_id}: {flags[-1]}, log {submitted.paths.stdout}")

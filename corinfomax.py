@@ -16,7 +16,7 @@ and, with --objective ldmi, what it approximates:
 Ozsoy, Hamdan, Arik, Yuret, Erdogan, NeurIPS 2022, arXiv 2209.07999. Official code:
 serdarozsoy/corinfomax-ssl.
 
-    python corinfomax.py                                            built-in images, minutes on a CPU
+    python corinfomax.py                                            built-in images, a minute on a CPU
     torchrun --nproc_per_node 8 corinfomax.py --data /imagenet      the published recipe
 
 Other than in the official code: R and mu are in the checkpoint; the log-determinant is by Cholesky; the
@@ -51,35 +51,31 @@ class CorInfoMax(nn.Module):
         self.register_buffer("R12", torch.zeros(d, d, dtype=torch.float64))
 
     def forward(self, z1, z2, alpha):
-        """L of normalised z1, z2 (n, d), over all ranks, and its terms."""
+        """L of normalised z1, z2 (n, d), over all ranks, and its terms, detached."""
         n, d = z1.shape
-        N, z = n * common.world(), torch.stack([z1, z2]).double()  # (2, n, d)
+        N = n * common.world()
+        z = torch.stack([z1, z2]).double()  # (2, n, d)
+        mean = common.all_reduce(z.sum(1)) / N  # (2, d)
+        mu = self.forget_mu * self.mu + (1 - self.forget_mu) * mean
+        x = z - mu[:, None]
+        R = self.forget_R * self.R + (1 - self.forget_R) * common.all_reduce(x.mT @ x) / N  # (2, d, d)
         invariance = common.all_reduce(F.mse_loss(z[0], z[1], reduction="sum")) / (N * d)
-        mean = common.all_reduce(z.sum(1)) / N
-        mu = self.forget_mu * self.mu + (1 - self.forget_mu) * mean  # (2, d)
-        R = self.forget_R * self.R + (1 - self.forget_R) * self.moment(z, z, mean, mu, N)  # (2, d, d)
         R12 = self.R12
         if self.objective == "ldmi":
-            cross = self.moment(z[0], z[1], mean, mu, N)
-            R12 = self.forget_R * self.R12 + (1 - self.forget_R) * cross
+            R12 = self.forget_R * self.R12 + (1 - self.forget_R) * common.all_reduce(x[0].mT @ x[1]) / N
             schur = R[0] - R12 @ torch.linalg.solve_ex(self.regular(R[1]), R12.mT)[0]
             information = 2 / d * (self.logdet(R[0]) - self.logdet((schur + schur.mT) / 2))
-            loss, terms = -information, dict(invariance=invariance, information=information)
+            loss = -information
+            terms = dict(invariance=invariance, information=information)
         else:
             big_bang = -(self.logdet(R[0]) + self.logdet(R[1])) / d
-            loss, terms = alpha * invariance + big_bang, dict(invariance=invariance, big_bang=big_bang)
+            loss = alpha * invariance + big_bang
+            terms = dict(invariance=invariance, big_bang=big_bang)
         if self.training:
             self.mu = mu.detach()
             self.R = R.detach()
             self.R12 = R12.detach()
         return loss, {name: term.detach() for name, term in terms.items()}
-
-    def moment(self, x, y, mean, mu, N):
-        """(x - mu_x)^T (y - mu_y) / N of x, y (..., n, d), over all ranks."""
-        (m1, m2), (mu1, mu2) = (mean, mu) if x.ndim == 2 else ((mean, mean), (mu, mu))
-        outer = lambda a, b: a.unsqueeze(-1) * b.unsqueeze(-2)
-        raw = common.all_reduce(x.mT @ y) / N
-        return raw - outer(m1, mu2) - outer(mu1, m2) + outer(mu1, mu2)
 
     def regular(self, R):
         return R + self.eps * torch.eye(len(R), dtype=R.dtype, device=R.device)
@@ -114,15 +110,15 @@ RECIPES = {  # the official commands; --lr is absolute
     ),
     "cifar10": dict(  # 93.18 %
         _SGD, arch="resnet18", stem="cifar", hidden=[2048, 2048], dim=64, norm=False,
-        size=32, epochs=1000, batch_size=512, lr=0.5,
+        size=32, epochs=1000, batch_size=512, lr=0.5, knn_every=10, log_every=500,
         alpha=250.0, forget=0.01,
     ),
     "cifar100": dict(  # 71.61 %
         _SGD, arch="resnet18", stem="cifar", hidden=[4096, 4096], dim=128, norm=False,
-        size=32, epochs=1000, batch_size=512, lr=0.5,
+        size=32, epochs=1000, batch_size=512, lr=0.5, knn_every=10, log_every=500,
         alpha=1000.0, forget=0.01,
     ),
-    "demo": dict(  # takes a minute or two on two cores
+    "demo": dict(  # about a minute on two cores
         arch="resnet18", stem="imagenet", zero_init=False, hidden=[1024], dim=64, norm=True,
         size=32, views="cifar", epochs=3, batch_size=128,
         optimizer="adamw", lr=2e-3, wd=1e-4, warmup=0.4, first_lr=0.0, last_lr=0.0,
@@ -137,7 +133,7 @@ RECIPES["imagenet100-resnet50"] = dict(  # 82.64 %
 
 def get_args(argv=None):
     """Arguments from argv, by default the command line; those not given come from the recipe."""
-    parser = common.parser_for(__doc__, lr="absolute")
+    parser = common.parser_for(__doc__, lr="absolute", last_lr="absolute")
     add = parser.add_argument_group("CorInfoMax").add_argument
     add("--objective", choices=["corinfomax", "ldmi"], default="corinfomax", help="L")
     add("--alpha", type=common.number(float, 0), help="alpha, weight of the invariance")
@@ -152,7 +148,6 @@ def get_args(argv=None):
         help="eps, added to the diagonal; raise it where the loss is not finite",
     )
     add("--first-lr", type=common.number(float, 0, 1e6), help="learning rate at the start of the warm-up")
-    add("--last-lr", type=common.number(float, 0, 1e6), help="learning rate at the end")
     add("--norm", action=argparse.BooleanOptionalAction, help="BN in the projector")
     add("--hidden", type=common.number(int, 1), nargs="+", help="widths of the projector's hidden layers")
     add("--dim", type=common.number(int, 2), help="d, dimension of the embedding")
@@ -191,9 +186,9 @@ def main(args):
     online = common.prepare(Online(args), device)
     model = common.parallel(online, args, device)  # the same, under DDP
     criterion = CorInfoMax(args.dim, args.forget, args.forget, args.eps, objective=args.objective).to(device)
-    optimizer = common.make_optimizer(online, args)
+    optimizer = common.make_optimizer(online, args.optimizer, args.lr, args.wd)
     probe = common.Probe(online.width, train, device)
-    state = dict(data=train, online=online, optimizer=optimizer, probe=probe)  # what is saved; of data a hash
+    state = dict(data=train, online=online, optimizer=optimizer, probe=probe)  # saved; of the data a hash
     state.update(criterion=criterion)
     start = common.resume(args, state)
     log = common.Log(args, start, total)
@@ -201,34 +196,35 @@ def main(args):
 
     for step, xs, y in log.watch(common.batches(train, args, device, start, total)):
         if common.evaluation_due(step, steps_per_epoch, args):
-            log(step, **common.evaluate(online.backbone, probe, bank, test, args))
+            log(step, common.evaluate(online.backbone, probe, bank, test, args))
         if step == 0:
             log.show(xs)
         lr = args.lr * common.warmup_cosine(step, warmup, total, first, last)
         common.set_lr(optimizer, lr)
 
+        optimizer.zero_grad()
         with common.autocast(args, device):
             h, zs = model(xs)
         loss, terms = criterion(*F.normalize(zs.float(), dim=2), args.alpha)
-        optimizer.zero_grad()
         loss.backward()
-        gradient_norm = common.gradient_norm(online)  # now, since LARS changes gradients in place
+        done = step + 1
+        if log.due(done):  # before the update, since LARS changes gradients in place
+            norm = common.gradient_norm(online)
+            spread = common.spread(h, zs[0])
+            log(done, terms, loss=loss.detach(), lr=lr, gradient_norm=norm, **spread)
         optimizer.step()
         probe.step(h.float().detach(), y)
 
-        done = step + 1
-        if log.due(done):
-            spread = common.spread(h, zs[0])
-            log(done, loss=loss.detach(), **terms, lr=lr, gradient_norm=gradient_norm, **spread)
         stop, save = signals.agree()
-        if stop or save or done % steps_per_epoch == 0:
+        keep = common.keep_due(done, steps_per_epoch, args)
+        if stop or save or keep or done == total:
             common.save(args, done, state, online.backbone, loss, terms)
-        if done % steps_per_epoch == 0:
+        if keep:
             common.keep(args, done // steps_per_epoch)
         if stop and done < total:
             signals.leave()
 
-    log(total, **common.evaluate(online.backbone, probe, bank, test, args))
+    log(total, common.evaluate(online.backbone, probe, bank, test, args))
     common.finish(log, signals)
 
 

@@ -412,7 +412,7 @@ def train(args, net, data, device):
 
         done = step + 1
         if log.due(done):
-            log(done, loss=losses.min())
+            log(done, {}, loss=losses.min())
         stop, save = signals.agree()
         if stop or save or done == total:
             common.save(args, done, state, online, losses.sum(), {}, "model.pth")

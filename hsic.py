@@ -13,7 +13,7 @@ time by random Fourier features phi, and a linear kernel on the one-hot identity
 
 Li, Pogodin, Sutherland, Gretton, NeurIPS 2021, arXiv 2106.08320. Official code: google-deepmind/ssl_hsic.
 
-    python hsic.py                                                  built-in images, minutes on a CPU
+    python hsic.py                                                  built-in images, a minute on a CPU
     torchrun --nproc_per_node 8 hsic.py --data /imagenet            the published recipe
     python hsic.py --data cifar10 --local-crops 4 --gamma 10        any flag overrides the recipe
 
@@ -86,7 +86,7 @@ def hsic_loss(zs, c=1.0, gamma=3.0, kernel="imq", f=512, seed=0, step=0, draws=1
     """
     zs = F.normalize(zs, dim=2)
     M, n, d = zs.shape
-    everyone = common.all_gather(zs.transpose(0, 1))
+    everyone = common.all_gather(zs.detach().transpose(0, 1))
     everyone = everyone.transpose(0, 1)  # (M, N, d)
     if f == 0 or kernel == "linear":
         return exact_loss(zs, everyone, c, gamma, kernel)
@@ -138,7 +138,7 @@ def exact_loss(zs, everyone, c, gamma, kernel):
     r2 = (2 - 2 * rows @ columns.mT).clamp(min=0)  # (n M, N M)
     K = kernel_of(r2, kernel, c)
     NM = K.shape[1]
-    mean = common.all_gather(K.mean(1))  # (N M,)
+    mean = common.all_gather(K.detach().mean(1))  # (N M,)
     centred = K - mean[own, None] - mean + mean.mean()
     same = K[:, own].view(n, M, n, M).diagonal(dim1=0, dim2=2)  # (M, M, n)
     sums = torch.stack([same.sum(), K.sum(), centred.square().sum()])
@@ -211,21 +211,21 @@ class KernelScale(nn.Module):
 # fmt: off
 RECIPES = {
     "imagenet": dict(  # official config: 1000 epochs, 74.8 % linear top-1
-        arch="resnet50", stem="imagenet", zero_init=True, hidden=4096, dim=256,
+        arch="resnet50", stem="imagenet", zero_init=True, hidden=[4096], dim=256,
         size=224, views="byol", epochs=1000, batch_size=4096,
-        optimizer="lars", lr=0.4, wd=1e-6, warmup=10.0, target=True, ema=0.999,
+        optimizer="lars", lr=0.4, wd=1e-6, warmup=10.0, last_lr=0.0, target=True, ema=0.999,
         gamma=3.0, features=512, draws=128, scale="adam",
     ),
-    "cifar10": dict(  # found here
-        arch="resnet18", stem="cifar", zero_init=False, hidden=2048, dim=256,
-        size=32, views="cifar", epochs=800, batch_size=512,
-        optimizer="adamw", lr=5e-4, wd=1e-4, warmup=10.0, target=False, ema=0.99,
+    "cifar10": dict(  # tuned here
+        arch="resnet18", stem="cifar", zero_init=False, hidden=[2048], dim=256,
+        size=32, views="cifar", epochs=800, batch_size=512, knn_every=10, log_every=500,
+        optimizer="adamw", lr=5e-4, wd=1e-4, warmup=10.0, last_lr=0.0, target=False, ema=0.99,
         gamma=3.0, features=0, scale="adaptive",
     ),
-    "demo": dict(  # takes a minute or two on two cores
-        arch="resnet18", stem="imagenet", zero_init=False, hidden=1024, dim=256,
+    "demo": dict(  # about a minute on two cores
+        arch="resnet18", stem="imagenet", zero_init=False, hidden=[1024], dim=256,
         size=32, views="cifar", epochs=3, batch_size=128,
-        optimizer="adamw", lr=2e-3, wd=1e-4, warmup=0.4, target=False, ema=0.9,
+        optimizer="adamw", lr=2e-3, wd=1e-4, warmup=0.4, last_lr=0.0, target=False, ema=0.9,
         gamma=3.0, features=0, scale="adaptive", log_every=10, workers=0,
     ),
 }
@@ -245,7 +245,7 @@ def get_args(argv=None):
     add("--target", action=argparse.BooleanOptionalAction, help="target network and predictor: M = 4, not 2")
     add("--tau", type=common.number(float, 0, 1), default=0.99, help="target's first momentum; rises to 1")
     add("--ema", type=common.number(float, 0, 0.999999), help="momentum of the weights that are evaluated")
-    add("--hidden", type=common.number(int, 1), help="width of projector and predictor")
+    add("--hidden", type=common.number(int, 1), nargs="+", help="widths of the MLPs' hidden layers")
     add("--dim", type=common.number(int, 2), help="d, dimension of the embedding")
     return common.parse(parser, RECIPES, argv)
 
@@ -260,8 +260,8 @@ class Online(nn.Module):
         super().__init__()
         self.micro_batch = args.micro_batch
         self.backbone, self.width = common.resnet(args.arch, args.stem, args.zero_init, args.init)
-        self.projector = common.mlp(self.width, args.hidden, args.dim)
-        self.predictor = common.mlp(args.dim, args.hidden, args.dim) if args.target else nn.Identity()
+        self.projector = common.mlp(self.width, *args.hidden, args.dim)
+        self.predictor = common.mlp(args.dim, *args.hidden, args.dim) if args.target else nn.Identity()
 
     def forward(self, xs):
         """Features (n, D) of the first view; predictions, or without target projections, (v, n, d) of all."""
@@ -278,26 +278,29 @@ def main(args):
     warmup = args.warmup * steps_per_epoch
 
     online = common.prepare(Online(args), device)
-    target = copy.deepcopy(nn.Sequential(online.backbone, online.projector)).requires_grad_(False)
     average = copy.deepcopy(online.backbone).requires_grad_(False)
     scale = KernelScale(args.kernel, args.scale).to(device)
     model = common.parallel(online, args, device)  # the same, under DDP
-    optimizer = common.make_optimizer(online, args)
+    optimizer = common.make_optimizer(online, args.optimizer, args.lr, args.wd)
     probe = common.Probe(online.width, train, device)
-    state = dict(data=train, online=online, optimizer=optimizer, probe=probe)  # what is saved; of data a hash
-    state.update(target=target, average=average, scale=scale)
+    state = dict(data=train, online=online, optimizer=optimizer, probe=probe)  # saved; of the data a hash
+    state.update(average=average, scale=scale)
+    if args.target:
+        target = copy.deepcopy(nn.Sequential(online.backbone, online.projector)).requires_grad_(False)
+        state.update(target=target)
     start = common.resume(args, state)
     log = common.Log(args, start, total)
     signals = common.Signals(args)
 
     for step, xs, y in log.watch(common.batches(train, args, device, start, total)):
         if common.evaluation_due(step, steps_per_epoch, args):
-            log(step, **common.evaluate(average, probe, bank, test, args))
+            log(step, common.evaluate(average, probe, bank, test, args))
         if step == 0:
             log.show(xs)
-        lr = args.lr * args.batch_size / 256 * common.warmup_cosine(step, warmup, total)
+        lr = args.lr * args.batch_size / 256 * common.warmup_cosine(step, warmup, total, last=args.last_lr)
         common.set_lr(optimizer, lr)
 
+        optimizer.zero_grad()
         with common.autocast(args, device):
             h, zs = model(xs)
         if args.target:  # M = 4: predictions of both views, and the target's projections of both
@@ -307,9 +310,12 @@ def main(args):
         zs = zs.float()
         c = scale(zs, args.seed, step)
         loss, terms = hsic_loss(zs, c, args.gamma, args.kernel, args.features, args.seed, step, args.draws)
-        optimizer.zero_grad()
         loss.backward()
-        gradient_norm = common.gradient_norm(online)  # now, since LARS changes gradients in place
+        done = step + 1
+        if log.due(done):  # before the update, since LARS changes gradients in place
+            norm = common.gradient_norm(online)
+            spread = common.spread(h, zs[0])
+            log(done, terms, loss=loss.detach(), c=c, lr=lr, gradient_norm=norm, **spread)
         optimizer.step()
         scale.optimizer.step()
         if args.target:
@@ -320,19 +326,16 @@ def main(args):
         common.ema_update(average, online.backbone, momentum)
         probe.step(h.float().detach(), y)
 
-        done = step + 1
-        if log.due(done):
-            spread = common.spread(h, zs[0])
-            log(done, loss=loss.detach(), **terms, c=c, lr=lr, gradient_norm=gradient_norm, **spread)
         stop, save = signals.agree()
-        if stop or save or done % steps_per_epoch == 0:
+        keep = common.keep_due(done, steps_per_epoch, args)
+        if stop or save or keep or done == total:
             common.save(args, done, state, average, loss, terms)
-        if done % steps_per_epoch == 0:
+        if keep:
             common.keep(args, done // steps_per_epoch)
         if stop and done < total:
             signals.leave()
 
-    log(total, **common.evaluate(average, probe, bank, test, args))
+    log(total, common.evaluate(average, probe, bank, test, args))
     common.finish(log, signals)
 
 

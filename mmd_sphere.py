@@ -11,23 +11,22 @@ of Wang and Isola, quadratic (phi = t^2) the Frobenius norm of the covariance.
 
 Zheng, Puy, Riccietti, Perez, Gribonval, ICLR 2023, arXiv 2208.00789. Official code: valeoai/sfrik.
 
-    python mmd_sphere.py                                            built-in images, minutes on a CPU
+    python mmd_sphere.py                                            built-in images, a minute on a CPU
     torchrun --nproc_per_node 8 mmd_sphere.py --data /imagenet      the published recipe
 
-Time N^2 d, memory N d: nothing is d x d, or N x N. Other than in the official code, each rank computes its
-own rows of the Gram matrix against detached columns: one gather forward, nothing backward, 1/W of the work.
+Time N^2 d and memory N d + N^2, nothing is d x d. Unlike the official code, each of W ranks computes its own
+rows of the Gram matrix: 1/W of the work, and no gradients of other ranks' rows to communicate.
 """
 
 import argparse
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import common
 
 # ----------------------------------------------------------------------------------------- the loss
-
-BLOCK = 2**20  # numbers of the Gram matrix at a time
 
 
 def legendre(t, d, order):
@@ -46,68 +45,37 @@ def phi_of(t, d, b, kernel, tau):
 
 
 def mmd2(z, b, kernel="legendre", log=False, tau=2.0):
-    """MMD^2 of normalised z (n, d) over all ranks, and its gradient, times W since DDP divides by W.
+    """MMD^2 of normalised z (n, d) over all ranks; with log, the logarithm of the mean over pairs i != j.
 
-    With log, the logarithm of the mean over pairs i != j. Own rows against the columns of all ranks give half
-    of the gradient, by symmetry; a block of rows at a time, while its part of the Gram matrix is at hand.
+    A rank has its own rows of the Gram matrix, against detached columns of all ranks.
     """
-    columns = common.all_gather(z)
-    (n, d), N = z.shape, len(columns)
-    own = common.rank() * n
-    sums = z.new_zeros(2)  # over all pairs; over i = j
-    grad = torch.empty_like(z)
-    size = max(1, BLOCK // N)
-    for first in range(0, n, size):
-        rows = slice(first, first + size)
-        t = (z[rows] @ columns.mT).requires_grad_()  # (size, N)
-        with torch.enable_grad():
-            phi = phi_of(t, d, b, kernel, tau)
-            total = phi.sum()
-        torch.mm(torch.autograd.grad(total, t)[0], columns, out=grad[rows])
-        itself = phi.detach()[:, own + first :].diagonal().sum()
-        sums += torch.stack([total.detach(), itself])
-    total, itself = common.all_reduce(sums)
+    z_all = common.all_gather(z).detach()  # (N, d)
+    N, d = z_all.shape
+    phi = phi_of(z @ z_all.mT, d, b, kernel, tau)  # (n, N)
     if log:
-        grad *= 2 * common.world() / (total - itself)
-        return ((total - itself) / (N * (N - 1))).log(), grad
-    grad *= 2 * common.world() / N**2
-    return total / N**2, grad
+        diagonal = phi.diagonal(common.rank() * len(z))  # (n,), of each row with itself
+        mean = common.all_reduce(phi.sum() - diagonal.sum()) / (N * (N - 1))
+    else:
+        mean = common.all_reduce(phi.sum()) / N**2
+    mean = 2 * mean - mean.detach()  # the columns' half of the gradient: the Gram matrix is symmetric
+    return mean.log() if log else mean
 
 
 def mmd_sphere_loss(zs, alpha, b, kernel="legendre", log=False, tau=2.0):
-    """L of embeddings zs (v, n, d), float32 or better, over all ranks, and its terms.
+    """L of embeddings zs (v, n, d), float32 or better, over all ranks, and its terms, detached.
 
-    With v > 2 views: invariance over all pairs of a global view, zs[:2], with another; MMD of the global
-    views. The gradient is computed with the value, so that of the size of zs there are only z and the
-    gradient.
+    With v > 2 views, the invariance is the mean over all pairs of a global view, zs[:2], and another view;
+    the MMD is that of the global views.
     """
-    v, n, d = zs.shape
-    norm = zs.detach().norm(dim=2, keepdim=True).clamp(min=1e-12)
-    z = zs.detach() / norm
-    grad = torch.zeros_like(z)
-
-    mmd = 0
-    for g in range(2):
-        value, gradient = mmd2(z[g], b, kernel, log, tau)
-        mmd = mmd + value / 2
-        grad[g].add_(gradient, alpha=0.5)
-
-    near = z.new_zeros(())
-    mean = 1 / (2 * (v - 1) * n * d)
-    pairs = [(0, 1, 2)]  # which counts as (1, 0), too
-    for other in range(2, v):
-        pairs += [(0, other, 1), (1, other, 1)]
-    for g, other, times in pairs:
-        difference = z[g] - z[other]
-        near += times * mean * difference.norm().square()
-        grad[g].add_(difference, alpha=2 * times * alpha * mean)
-        grad[other].sub_(difference, alpha=2 * times * alpha * mean)
-    invariance = common.all_reduce(near) / common.world()
-
-    along = torch.einsum("vnd,vnd->vn", grad, z)[:, :, None]
-    grad.addcmul_(z, along, value=-1).div_(norm)  # through the normalisation
-    loss = common.with_gradient(alpha * invariance + mmd, zs, grad)
-    return loss, dict(invariance=invariance, mmd=mmd)
+    zs = F.normalize(zs, dim=2)
+    pairs = [(0, 1)]
+    if len(zs) > 2:
+        pairs = [(g, other) for g in range(2) for other in range(len(zs)) if other != g]
+    invariance = torch.stack([F.mse_loss(zs[g], zs[other]) for g, other in pairs]).mean()
+    invariance = common.all_reduce(invariance) / common.world()
+    mmd = (mmd2(zs[0], b, kernel, log, tau) + mmd2(zs[1], b, kernel, log, tau)) / 2
+    loss = alpha * invariance + mmd
+    return loss, dict(invariance=invariance.detach(), mmd=mmd.detach())
 
 
 # ------------------------------------------------------------------------------------------ recipes
@@ -117,25 +85,25 @@ RECIPES = {
     "imagenet": dict(  # official: 200 epochs, 70.3 % linear top-1
         arch="resnet50", stem="imagenet", zero_init=True, hidden=[8192, 8192], dim=32768,
         size=224, views="byol", epochs=200, batch_size=2048,
-        optimizer="lars", lr=0.4, wd=1e-6, warmup=10.0,
+        optimizer="lars", lr=0.4, wd=1e-6, warmup=10.0, last_lr=1e-3,
         alpha=40000.0, b=[1.0, 40.0, 40.0],
     ),
     "imagenet20-resnet18": dict(  # official, 20 % of ImageNet
         arch="resnet18", stem="imagenet", zero_init=True, hidden=[8192, 8192], dim=8192,
         size=224, views="byol", subset=260, epochs=100, batch_size=2048,
-        optimizer="lars", lr=1.2, wd=1e-6, warmup=10.0,
+        optimizer="lars", lr=1.2, wd=1e-6, warmup=10.0, last_lr=1e-3,
         alpha=4000.0, b=[1.0, 40.0, 40.0],
     ),
-    "cifar10": dict(  # found here
+    "cifar10": dict(  # tuned here
         arch="resnet18", stem="cifar", zero_init=False, hidden=[2048, 2048], dim=2048,
-        size=32, views="cifar", epochs=800, batch_size=512,
-        optimizer="adamw", lr=5e-4, wd=1e-4, warmup=10.0,
+        size=32, views="cifar", epochs=800, batch_size=512, knn_every=10, log_every=500,
+        optimizer="adamw", lr=5e-4, wd=1e-4, warmup=10.0, last_lr=1e-3,
         alpha=2500.0, b=[1.0, 40.0, 40.0],
     ),
-    "demo": dict(  # takes a minute or two on two cores
+    "demo": dict(  # about a minute on two cores
         arch="resnet18", stem="imagenet", zero_init=False, hidden=[1024], dim=512,
         size=32, views="cifar", epochs=3, batch_size=128,
-        optimizer="adamw", lr=2e-3, wd=1e-4, warmup=0.4,
+        optimizer="adamw", lr=2e-3, wd=1e-4, warmup=0.4, last_lr=1e-3,
         alpha=2000.0, b=[1.0, 40.0, 40.0], log_every=10, workers=0,
     ),
 }
@@ -189,43 +157,44 @@ def main(args):
 
     online = common.prepare(Online(args), device)
     model = common.parallel(online, args, device)  # the same, under DDP
-    optimizer = common.make_optimizer(online, args)
+    optimizer = common.make_optimizer(online, args.optimizer, args.lr, args.wd)
     probe = common.Probe(online.width, train, device)
-    state = dict(data=train, online=online, optimizer=optimizer, probe=probe)  # what is saved; of data a hash
+    state = dict(data=train, online=online, optimizer=optimizer, probe=probe)  # saved; of the data a hash
     start = common.resume(args, state)
     log = common.Log(args, start, total)
     signals = common.Signals(args)
 
     for step, xs, y in log.watch(common.batches(train, args, device, start, total)):
         if common.evaluation_due(step, steps_per_epoch, args):
-            log(step, **common.evaluate(online.backbone, probe, bank, test, args))
+            log(step, common.evaluate(online.backbone, probe, bank, test, args))
         if step == 0:
             log.show(xs)
-        lr = args.lr * args.batch_size / 256 * common.warmup_cosine(step, warmup, total, last=1e-3)
+        lr = args.lr * args.batch_size / 256 * common.warmup_cosine(step, warmup, total, last=args.last_lr)
         common.set_lr(optimizer, lr)
 
+        optimizer.zero_grad()
         with common.autocast(args, device):
             h, zs = model(xs)
         loss, terms = mmd_sphere_loss(zs.float(), args.alpha, args.b, args.kernel, args.log, args.tau)
-        optimizer.zero_grad()
         loss.backward()
-        gradient_norm = common.gradient_norm(online)  # now, since LARS changes gradients in place
+        done = step + 1
+        if log.due(done):  # before the update, since LARS changes gradients in place
+            norm = common.gradient_norm(online)
+            spread = common.spread(h, zs[0])
+            log(done, terms, loss=loss.detach(), lr=lr, gradient_norm=norm, **spread)
         optimizer.step()
         probe.step(h.float().detach(), y)
 
-        done = step + 1
-        if log.due(done):
-            spread = common.spread(h, zs[0])
-            log(done, loss=loss.detach(), **terms, lr=lr, gradient_norm=gradient_norm, **spread)
         stop, save = signals.agree()
-        if stop or save or done % steps_per_epoch == 0:
+        keep = common.keep_due(done, steps_per_epoch, args)
+        if stop or save or keep or done == total:
             common.save(args, done, state, online.backbone, loss, terms)
-        if done % steps_per_epoch == 0:
+        if keep:
             common.keep(args, done // steps_per_epoch)
         if stop and done < total:
             signals.leave()
 
-    log(total, **common.evaluate(online.backbone, probe, bank, test, args))
+    log(total, common.evaluate(online.backbone, probe, bank, test, args))
     common.finish(log, signals)
 
 

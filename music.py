@@ -14,15 +14,13 @@ where units are equally frequent, segments independent, and both views of an ima
 Niu, Wang 2022, arXiv 2206.06461. The code was not released: the loss is the paper's, settings are those of
 its successor's code, IMSVD (github.com/niuchuangnn/IMSVD).
 
-    python music.py                                                 built-in images, minutes on a CPU
+    python music.py                                                 built-in images, a minute on a CPU
     torchrun --nproc_per_node 8 music.py --data /imagenet           the recipe `imagenet`
 
-Differences from IMSVD's code: P (d x d) is computed some rows at a time, and its rows are divided among the
-ranks; probabilities are clamped at 1e-30, in logarithms only, not at 1e-8.
+Difference from IMSVD's code: probabilities are clamped at 1e-30, in logarithms only, not at 1e-8.
 """
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 import common
@@ -35,69 +33,31 @@ def safe_log(p):
 
 
 def music_loss(z1, z2, segment_size, weights=(1, 1, 1), temperature=1):
-    """L of embeddings z1, z2 (n, d), d = S s, in float32 or float64, over all ranks; and its terms, detached.
+    """L of embeddings z1, z2 (n, d), float32 or better, over all ranks, and its terms, detached.
 
-    The weights are those of the terms within segments, between segments and invariance.
-
-    Raises ValueError where d is not a multiple of the segment size s.
+    The weights are those of the terms within segments, between segments, and invariance. Raises ValueError
+    where d is not a multiple of the segment size s.
     """
     n, d = z1.shape
-    if d % segment_size:
-        raise ValueError(f"the dimension {d} is not a multiple of the segment size {segment_size}")
+    s = segment_size
+    if d % s:
+        raise ValueError(f"the dimension {d} is not a multiple of the segment size {s}")
     N = n * common.world()
-    S = d // segment_size
-    z = torch.stack([z1, z2]).view(2, n, S, segment_size)
-    p = torch.softmax(z / temperature, 3)
+    S = d // s
 
-    product = p[0] * p[1]
-    P_diagonal = common.all_reduce(product.sum(0)) / N  # (S, s): P[a,i,a,i]
-    within = (P_diagonal * safe_log(P_diagonal)).sum() / S
-    invariance = -common.all_reduce(safe_log(product.sum(2)).sum()) / (N * S)
-    between = torch.zeros_like(within)
-    if S > 1:
-        p = p.flatten(2)  # (2, n, d)
-        value, grad = between_segments(p.detach(), segment_size)
-        between = common.with_gradient(value, p, grad)
+    p1 = torch.softmax(z1.view(n, S, s) / temperature, 2)
+    p2 = torch.softmax(z2.view(n, S, s) / temperature, 2)
+    P = common.all_reduce(p1.flatten(1).mT @ p2.flatten(1)) / N  # (d, d)
+    P_log_P = P * safe_log(P)
+    pairs = P_log_P.view(S, s, S, s).sum((1, 3))  # (S, S), of each pair of segments
+    agreement = (p1 * p2).sum(2)  # (n, S)
 
+    within = P_log_P.trace() / S
+    between = (pairs.sum() - pairs.trace()) / max(1, S * (S - 1))
+    invariance = -common.all_reduce(safe_log(agreement).sum()) / (N * S)
     loss = weights[0] * within + weights[1] * between + weights[2] * invariance
     terms = dict(within=within, between=between, invariance=invariance)
     return loss, {name: term.detach() for name, term in terms.items()}
-
-
-def between_segments(p, s):
-    """The second term of L, of p (2, n, d) over all ranks, and its gradient with respect to p.
-
-    With P = p1^T p2 / N and G = log P + 1, both without the blocks a = b, the gradient of sum P log P is
-    p2 G^T / N for p1 and p1 G / N for p2. G needs only P, so that value and gradient come in one pass. The
-    gradient is that of this rank's rows times W, the number of ranks, since DDP divides by W.
-    """
-    _, n, d = p.shape
-    S = d // s
-    W = common.world()
-    N = n * W
-    p1, p2 = common.all_gather(p[0]), common.all_gather(p[1])  # (N, d)
-    value = p.new_zeros(())
-    grad = torch.zeros(2, N, d, dtype=p.dtype, device=p.device)
-    my_segments = torch.arange(S).tensor_split(W)[common.rank()].tolist()
-    at_once = max(1, 1024 // s)  # about 1024 rows of P
-    for first in my_segments[::at_once]:  # k segments of view 1, against all of view 2
-        k = min(at_once, my_segments[-1] + 1 - first)
-        rows = slice(first * s, (first + k) * s)
-        P = (p1[:, rows] / N).mT @ p2
-        G = safe_log(P)
-        same = G.view(k, s, S, s)[:, :, first : first + k].diagonal(dim1=0, dim2=2)
-        same.zero_()  # the blocks a = b count neither in the value nor in the gradient
-        value += (P * G).sum()
-        G += 1
-        same.zero_()
-        grad[0, :, rows] = p2 @ G.mT
-        grad[1].addmm_(p1[:, rows], G)
-    if W > 1:
-        dist.all_reduce(value)
-        dist.all_reduce(grad)
-    grad = grad.chunk(W, 1)[common.rank()]
-    scale = 1 / (S * (S - 1))
-    return value * scale, grad * (scale / n)  # 1 / n is W / N
 
 
 # ------------------------------------------------------------------------------------------ recipes
@@ -107,19 +67,19 @@ RECIPES = {
     "imagenet": dict(  # from IMSVD's imsvd.py and job_imsvd.sh
         arch="resnet50", stem="imagenet", zero_init=True, hidden=[8192], dim=8160,
         size=224, views="byol", epochs=100, batch_size=2048,
-        optimizer="lars", lr=0.6, wd=1e-6, warmup=10.0,
+        optimizer="lars", lr=0.6, wd=1e-6, warmup=10.0, last_lr=1e-3,
         segment=80, temperature=1.0,
     ),
     "cifar10": dict(  # from IMSVD's imsvd_cifar.py
         arch="resnet18", stem="cifar", zero_init=False, hidden=[1024, 1024], dim=1024,
-        size=32, views="cifar", epochs=800, batch_size=512,
-        optimizer="sgd", lr=0.1, wd=5e-4, warmup=10.0,
+        size=32, views="cifar", epochs=800, batch_size=512, knn_every=10, log_every=500,
+        optimizer="sgd", lr=0.1, wd=5e-4, warmup=10.0, last_lr=1e-3,
         segment=32, temperature=1.0,
     ),
-    "demo": dict(  # takes a minute or two on two cores
+    "demo": dict(  # about a minute on two cores
         arch="resnet18", stem="imagenet", zero_init=False, hidden=[1024], dim=512,
         size=32, views="cifar", epochs=3, batch_size=128,
-        optimizer="adamw", lr=2e-3, wd=1e-4, warmup=0.4,
+        optimizer="adamw", lr=2e-3, wd=1e-4, warmup=0.4, last_lr=1e-3,
         segment=8, temperature=0.5, log_every=10, workers=0,
     ),
 }
@@ -179,43 +139,44 @@ def main(args):
 
     online = common.prepare(Online(args), device)
     model = common.parallel(online, args, device)  # the same, under DDP
-    optimizer = common.make_optimizer(online, args)
+    optimizer = common.make_optimizer(online, args.optimizer, args.lr, args.wd)
     probe = common.Probe(online.width, train, device)
-    state = dict(data=train, online=online, optimizer=optimizer, probe=probe)  # what is saved; of data a hash
+    state = dict(data=train, online=online, optimizer=optimizer, probe=probe)  # saved; of the data a hash
     start = common.resume(args, state)
     log = common.Log(args, start, total)
     signals = common.Signals(args)
 
     for step, xs, y in log.watch(common.batches(train, args, device, start, total)):
         if common.evaluation_due(step, steps_per_epoch, args):
-            log(step, **common.evaluate(online.backbone, probe, bank, test, args))
+            log(step, common.evaluate(online.backbone, probe, bank, test, args))
         if step == 0:
             log.show(xs)
-        lr = args.lr * args.batch_size / 256 * common.warmup_cosine(step, warmup, total, last=1e-3)
+        lr = args.lr * args.batch_size / 256 * common.warmup_cosine(step, warmup, total, last=args.last_lr)
         common.set_lr(optimizer, lr)
 
+        optimizer.zero_grad()
         with common.autocast(args, device):
             h, zs = model(xs)
         loss, terms = loss_of(zs.float(), args)
-        optimizer.zero_grad()
         loss.backward()
-        gradient_norm = common.gradient_norm(online)  # now, since LARS changes gradients in place
+        done = step + 1
+        if log.due(done):  # before the update, since LARS changes gradients in place
+            norm = common.gradient_norm(online)
+            spread = common.spread(h, zs[0])
+            log(done, terms, loss=loss.detach(), lr=lr, gradient_norm=norm, **spread)
         optimizer.step()
         probe.step(h.float().detach(), y)
 
-        done = step + 1
-        if log.due(done):
-            spread = common.spread(h, zs[0])
-            log(done, loss=loss.detach(), **terms, lr=lr, gradient_norm=gradient_norm, **spread)
         stop, save = signals.agree()
-        if stop or save or done % steps_per_epoch == 0:
+        keep = common.keep_due(done, steps_per_epoch, args)
+        if stop or save or keep or done == total:
             common.save(args, done, state, online.backbone, loss, terms)
-        if done % steps_per_epoch == 0:
+        if keep:
             common.keep(args, done // steps_per_epoch)
         if stop and done < total:
             signals.leave()
 
-    log(total, **common.evaluate(online.backbone, probe, bank, test, args))
+    log(total, common.evaluate(online.backbone, probe, bank, test, args))
     common.finish(log, signals)
 
 

@@ -253,7 +253,7 @@ def optimizers(options):
     net(torch.randn(2, 3, 64, 64, device=options.device)).sum().backward()
     sides = {}
     for name in ("sgd", "lars", "adamw"):
-        sides[name] = common.make_optimizer(net, hsic.get_args(["--optimizer", name])).step
+        sides[name] = common.make_optimizer(net, name, 0.1, 1e-4).step
     sides["average"] = partial(common.ema_update, average, net, 0.99)
     yield from compare(sides, options, options.device)
 

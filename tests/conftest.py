@@ -27,7 +27,6 @@ FORKSERVER = multiprocessing.get_context("forkserver")  # which imports torch on
 FORKSERVER.set_forkserver_preload("torch torchvision torch.utils.tensorboard submitit pytest".split())
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 os.environ["OMP_NUM_THREADS"] = "1"  # in other processes
-# below 18 pixels the precision is fp32
 TINY = """--recipe demo --arch resnet18 --stem imagenet --size 16 --batch-size 16 --epochs 2 --device cpu
     --hidden 32 --dim 16 --views byol --log-every 1 --knn-every 0 --warmup 0.5
     --workers 0""".split()

@@ -13,6 +13,7 @@ from conftest import EVALUATION, ROOT, TINY, launch, read_log, same, signals, st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import common
+import music
 
 TEMPORARY = f"args.json.{common.TOKEN}.tmp"
 WRONG = {
@@ -27,10 +28,11 @@ WRONG = {
     "music --compile --micro-batch 4": "--micro-batch 4",
     "music --out {tmp}/file": "neither empty nor a run",
     "music --init {tmp}/file": "--init",
-    "music --sweep lr": "give flag=value,value",
-    "music --sweep lr=0.1,nan": "nan is not between 0",
+    "music --precision bf16": "--precision bf16 at --size 16 on a CPU",
+    "music --submit local --sweep lr": "give flag=value,value",
+    "music --submit local --sweep lr=0.1,nan": "nan is not between 0",
     "music --submit local --nodes 2": "only one node",
-    "music --gpus 8": "--gpus 8 is for jobs",
+    "music --sweep lr=0.1,0.2": "--sweep is for jobs",
     "eval_linear --data {folder}/train": "has no test images",
     "eval_linear --backbone {tmp}/bomb": "cannot be read as weights (UnpicklingError",
     "eval_linear --backbone {tmp}/another": "no whole ResNet of torchvision: ['features.0.weight'",
@@ -60,18 +62,18 @@ def test_wrong_use_is_one_sentence_exit_2_and_nothing_left(command, tmp_path, fo
 
 def test_what_a_run_leaves_and_that_the_same_command_changes_nothing(tmp_path, folder, capsys):
     out, more = tmp_path / "out", tmp_path / "more"
-    flags = ["--data", folder, "--keep-every=2", "--out"]
+    flags = ["--data", folder, "--keep-every=1", "--out"]
     assert train(*flags, out) == 0 and "kNN accuracy" in capsys.readouterr().out
     names = "args.json log.jsonl token checkpoint.pt checkpoint-previous.pt backbone.pth music.py common.py"
     written = {name.partition(".out")[0] for name in os.listdir(out)}
-    assert written == {*names.split(), "backbone-2.pth", "events"}
+    assert written == {*names.split(), "backbone-1.pth", "backbone-2.pth", "events"}
     log = read_log(out)
     assert [record["step"] for record in log] == [0, 1, 2, 3, 4, 5, 6, 6]
     assert log[0].keys() == log[-1].keys() == {"step", "knn", "probe"} and log[0]["knn"] <= 1
     measured = "loss within invariance lr gradient_norm rank_h rank_z std_h std_z".split()
     assert {*measured, "images_per_second", "seconds_waiting"} <= log[1].keys()
-    args = json.loads((out / "args.json").read_text())
-    assert {"commit", "command", "versions", "hardware"} <= args["surroundings"].keys()
+    first = json.loads((out / "args.json").read_text())["starts"][0]
+    assert {"step", "commit", "command", "versions", "hardware", "ranks"} == first.keys()
 
     board = EventAccumulator(str(out))
     board.Reload()
@@ -117,7 +119,7 @@ CLIP = """         loss.backward()
 def test_a_fork_that_clips_killed_ten_times_ends_bit_for_bit_as_one_never_stopped(tmp_path, folder):
     """Each life is killed a little after one more step, or at its start."""
     mine = fork(tmp_path, CLIP)
-    flags = ["--data", folder, "--epochs=4", "--optimizer=sgd", "--out"]
+    flags = ["--data", folder, "--epochs=4", "--optimizer=sgd", "--save-minutes=0", "--out"]
     out, whole = tmp_path / "out", tmp_path / "whole"
     for kill in range(10):
         life = start(mine, *flags, out)
@@ -145,6 +147,19 @@ def test_three_signals_save_at_the_step_and_the_end_is_as_undisturbed(tmp_path, 
     assert same(state_of(out), state_of(whole))
 
 
+def test_a_resume_with_changed_code_says_so_and_keeps_the_old_copy(tmp_path, folder, capsys):
+    mine, out = fork(tmp_path, CLIP), tmp_path / "out"
+    flags = [*TINY, "--data", folder, "--out", out]
+    with signals(signal.SIGTERM):
+        assert launch(mine, *flags) == 0
+    old = mine.read_text()
+    mine.write_text(old.replace("0.1)", "0.2)"))
+    assert launch(mine, *flags) == 0
+    assert "mine.py has changed since step 1" in capsys.readouterr().err
+    assert (out / "mine-until-1.py").read_text() == old != (out / "mine.py").read_text()
+    assert [start["step"] for start in json.loads((out / "args.json").read_text())["starts"]] == [0, 1]
+
+
 FAULTS = {  # what is said, and what happens before a save
     "online.backbone.bn1.weight is not finite": lambda out, net, loss: net.bn1.weight.data.fill_(torch.nan),
     "the loss (with terms {'within'": lambda out, net, loss: loss.data.fill_(torch.nan),
@@ -162,12 +177,25 @@ def test_a_save_refuses_what_is_not_finite_or_not_this_runs(said, tmp_path, fold
         save(args, step, state, net, loss, terms)
 
     monkeypatch.setattr(common, "save", save_after_fault)
-    assert train("--data", folder, "--out", tmp_path) == 2  # a save at step 3, and one at step 6
+    assert train("--data", folder, "--keep-every=1", "--out", tmp_path) == 2  # saves at steps 3 and 6
     assert state_of(tmp_path)["step"] == 3 and f"step 6: {said}" in capsys.readouterr().err
 
 
+WRONG_LOSSES = {  # of embeddings zs, and its terms
+    "step 1: the loss (with terms {}) is not finite": lambda zs, _: (zs.sum() * torch.nan, {}),
+    "a term named 'lr', which the log uses itself": lambda zs, _: (zs.sum(), dict(lr=zs.sum())),
+}
+
+
+@pytest.mark.parametrize("message", WRONG_LOSSES)
+def test_a_record_refuses_a_loss_that_is_not_finite_and_taken_names(message, tmp_path, folder, capsys):
+    with patch.object(music, "loss_of", WRONG_LOSSES[message]):
+        assert train("--data", folder, "--out", tmp_path) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "checkpoint.pt").exists()
+
+
 def test_damaged_checkpoints_fall_back_or_are_refused(tmp_path, folder, capsys):
-    flags = ["--data", folder, "--optimizer=sgd", "--out", tmp_path]
+    flags = ["--data", folder, "--optimizer=sgd", "--keep-every=1", "--out", tmp_path]
     assert train(*flags) == 0
     whole = state_of(tmp_path)
     data = bytearray((tmp_path / "checkpoint.pt").read_bytes())
@@ -177,16 +205,16 @@ def test_damaged_checkpoints_fall_back_or_are_refused(tmp_path, folder, capsys):
     assert "checkpoint.pt is damaged" in capsys.readouterr().err and same(state_of(tmp_path), whole)
     assert (tmp_path / "checkpoint-damaged.pt").read_bytes() == data
     torch.save({"step": 0}, tmp_path / "checkpoint.pt")
-    assert train(*flags) == 2 and "holds no 'data'" in capsys.readouterr().err
+    assert train(*flags) == 2 and "has no 'data'" in capsys.readouterr().err
     for name in ("checkpoint.pt", "checkpoint-previous.pt"):
         (tmp_path / name).write_bytes(data[:1000])
-    assert train(*flags) == 2 and "none before it" in capsys.readouterr().err
+    assert train(*flags) == 2 and "no earlier one" in capsys.readouterr().err
 
 
 def test_a_run_that_collapses_says_so(tmp_path, folder, capsys):
     flags = ["--data", folder, *"--segment 4 --weights 0 0 1 --lr 0.3 --epochs 3".split()]
     assert train(*flags, "--out", tmp_path) == 0
-    assert "collapse: the effective rank of the embeddings is" in capsys.readouterr().err
+    assert capsys.readouterr().err.count("collapse: the effective rank of the embeddings is") == 1
     assert common.effective_rank(torch.eye(16).repeat(4, 1)) == pytest.approx(16)
 
 
