@@ -767,7 +767,7 @@ def parallel(net, args, device):
         return net
     if device.type == "cuda":
         options = dict(device_ids=[device.index])
-    else:  # a bucket each: larger ones DDP refills after a step, and a resumed run would add up in another order
+    else:  # a bucket each: DDP refills larger ones after a step, and a resumed run would add in another order
         options = dict(bucket_cap_mb=1e-6)
     model = nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True, **options)
     model.broadcast_buffers = False  # they are the same on all ranks; the argument of that name goes

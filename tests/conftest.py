@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import re
 import runpy
 import sys
 import time
@@ -63,6 +64,19 @@ def start(path, *flags):
     process = FORKSERVER.Process(target=launch, args=(path, *TINY, *flags))
     process.start()
     return process
+
+
+def forked(diff=None):
+    """music.py with each hunk of a diff applied, by default of README's, which must fit in one place."""
+    if diff is None:
+        diff = (ROOT / "README.md").read_text().split("```diff\n")[1].split("```")[0]
+    text = (ROOT / "music.py").read_text()
+    for hunk in diff.split("@@\n"):
+        before = re.sub(r"(?m)^(\+.*\n|[- ])", "", hunk)
+        after = re.sub(r"(?m)^(-.*\n|[+ ])", "", hunk)
+        assert text.count(before) == 1, before
+        text = text.replace(before, after)
+    return text
 
 
 def signals(number):

@@ -1,12 +1,13 @@
 """The same numbers on 1, 2 and 4 real processes, each with rows of its own."""
 
+from argparse import Namespace
 from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import TINY, same, train
+from conftest import TINY, forked, same, train
 
 import common
 import corinfomax
@@ -86,6 +87,13 @@ def simclr(zs):
     return F.cross_entropy(logits, partners), {}
 
 
+def readmes_fork(zs):
+    """SIGReg."""
+    mine = {"__name__": "mine"}
+    exec(forked(), mine)
+    return mine["loss_of"](zs, Namespace(seed=0), 1)
+
+
 LOSSES = {  # of zs (3, n, 12), this rank's rows; a fork's loss, too, can be tested by a line here
     "hsic, exact": lambda zs: hsic_loss(zs, "imq", "adam"),
     "hsic, exact, gaussian": lambda zs: hsic_loss(zs, "gaussian", "adaptive"),
@@ -96,6 +104,7 @@ LOSSES = {  # of zs (3, n, 12), this rank's rows; a fork's loss, too, can be tes
     "mmd_sphere": lambda zs: mmd_sphere.mmd_sphere_loss(zs, 10.0, [1, 2, 3]),
     "barlow twins": barlow_twins,
     "simclr": simclr,
+    "readme's fork": readmes_fork,
     "uniformity": lambda zs: mmd_sphere.mmd_sphere_loss(zs, 1.0, [], "rbf", log=True),
     "batch norm": batch_norm,
     "batch norm on GPUs": lambda zs: batch_norm(zs, forward_on_gpus),

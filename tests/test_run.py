@@ -2,14 +2,25 @@
 
 import json
 import os
-import re
 import signal
 import time
 from unittest.mock import patch
 
 import pytest
 import torch
-from conftest import EVALUATION, ROOT, TINY, launch, read_log, same, signals, start, state_of, train, wait_for
+from conftest import (
+    EVALUATION,
+    TINY,
+    forked,
+    launch,
+    read_log,
+    same,
+    signals,
+    start,
+    state_of,
+    train,
+    wait_for,
+)
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import common
@@ -98,19 +109,6 @@ def test_a_run_killed_at_its_first_moment_starts_again(left, call, tmp_path, fol
     assert train(*flags) == 0 and not list((tmp_path / "out").glob("*.tmp"))
 
 
-def fork(folder, diff):
-    """The path of a copy of music.py with each hunk of a diff applied, which must fit in one place."""
-    text = (ROOT / "music.py").read_text()
-    for hunk in diff.split("@@\n"):
-        before = re.sub(r"(?m)^(\+.*\n|[- ])", "", hunk)
-        after = re.sub(r"(?m)^(-.*\n|[+ ])", "", hunk)
-        assert text.count(before) == 1, before
-        text = text.replace(before, after)
-    path = folder / "mine.py"
-    path.write_text(text)
-    return path
-
-
 CLIP = """         loss.backward()
 +        nn.utils.clip_grad_norm_(online.parameters(), 0.1)
 """
@@ -118,7 +116,8 @@ CLIP = """         loss.backward()
 
 def test_a_fork_that_clips_killed_ten_times_ends_bit_for_bit_as_one_never_stopped(tmp_path, folder):
     """Each life is killed a little after one more step, or at its start."""
-    mine = fork(tmp_path, CLIP)
+    mine = tmp_path / "mine.py"
+    mine.write_text(forked(CLIP))
     flags = ["--data", folder, "--epochs=4", "--optimizer=sgd", "--save-minutes=0", "--out"]
     out, whole = tmp_path / "out", tmp_path / "whole"
     for kill in range(10):
@@ -148,11 +147,12 @@ def test_three_signals_save_at_the_step_and_the_end_is_as_undisturbed(tmp_path, 
 
 
 def test_a_resume_with_changed_code_says_so_and_keeps_the_old_copy(tmp_path, folder, capsys):
-    mine, out = fork(tmp_path, CLIP), tmp_path / "out"
+    mine, out = tmp_path / "mine.py", tmp_path / "out"
     flags = [*TINY, "--data", folder, "--out", out]
+    old = forked(CLIP)
+    mine.write_text(old)
     with signals(signal.SIGTERM):
         assert launch(mine, *flags) == 0
-    old = mine.read_text()
     mine.write_text(old.replace("0.1)", "0.2)"))
     assert launch(mine, *flags) == 0
     assert "mine.py has changed since step 1" in capsys.readouterr().err
@@ -226,7 +226,8 @@ DEMOS = dict(hsic=0.2, corinfomax=0.2, music=0.2, mmd_sphere=0.2, sigreg=0.15)  
 def test_demos_and_the_readmes_fork_tell_patterns_apart_far_better_than_at_first(name, tmp_path, capsys):
     path = f"{name}.py"
     if name == "sigreg":
-        path = fork(tmp_path, (ROOT / "README.md").read_text().split("```diff\n")[1].split("```")[0])
+        path = tmp_path / "mine.py"
+        path.write_text(forked())
     assert launch(path, "--out", tmp_path / "out") == 0 and "tensorboard" in capsys.readouterr().out
     log = read_log(tmp_path / "out")
     assert log[0]["knn"] < 0.46 and log[-2]["rank_z"] > (16 if name == "sigreg" else 8)

@@ -132,4 +132,4 @@ def test_local_crops_are_small_and_have_the_first_views_colours_but_no_solarisat
     assert first.area == second.area == (0.14, 1)
     assert local == [common.BYOL._replace(area=(0.05, 0.14), blur_p=0.5, size=96)] * 6
     *xs, _ = steps_of(common.draw_patterns(16, 0), 0, 1, "--local-crops=6", "--size=32")[0]
-    assert [x.shape[2] for x in xs] == [32, 32] + 6 * [18]
+    assert [x.shape[2] for x in xs] == [32, 32] + 6 * [14]
