@@ -66,10 +66,8 @@ def start(path, *flags):
     return process
 
 
-def forked(diff=None):
-    """music.py with each hunk of a diff applied, by default of README's, which must fit in one place."""
-    if diff is None:
-        diff = (ROOT / "README.md").read_text().split("```diff\n")[1].split("```")[0]
+def forked(diff):
+    """music.py with each hunk of a diff applied, which must fit in one place."""
     text = (ROOT / "music.py").read_text()
     for hunk in diff.split("@@\n"):
         before = re.sub(r"(?m)^(\+.*\n|[- ])", "", hunk)
@@ -77,6 +75,14 @@ def forked(diff=None):
         assert text.count(before) == 1, before
         text = text.replace(before, after)
     return text
+
+
+def forks():
+    """The source of each fork that README and RESULTS.md show."""
+    names = ["sigreg", "barlow_twins", "vicreg", "simclr"]
+    text = (ROOT / "README.md").read_text() + (ROOT / "tests/RESULTS.md").read_text()
+    diffs = re.findall("(?s)```diff\n(.*?)```", text)
+    return {name: forked(diff) for name, diff in zip(names, diffs, strict=True)}
 
 
 def signals(number):

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import TINY, forked, same, train
+from conftest import TINY, forks, same, train
 
 import common
 import corinfomax
@@ -69,29 +69,11 @@ KERNELS = dict(  # which GPUs alone have, by their formulas, of x (n, C); the fi
 )
 
 
-def barlow_twins(zs):
-    """A statistic of rows that depend on a statistic of all ranks, twice nested."""
-    N = zs.shape[1] * common.world()
-    z = zs[:2] - common.all_reduce(zs[:2].sum(1, keepdim=True)) / N
-    z = z * (common.all_reduce(z.square().sum(1, keepdim=True)) / N).rsqrt()
-    C = common.all_reduce(z[0].mT @ z[1]) / N
-    return (C - torch.eye(len(C))).square().sum(), {}
-
-
-def simclr(zs):
-    """NT-Xent of two views at temperature 0.5."""
-    z = F.normalize(zs[:2], dim=2)
-    z = torch.cat([common.all_gather(z[0]), common.all_gather(z[1])])  # (2 N, d)
-    logits = (z @ z.mT / 0.5).fill_diagonal_(-torch.inf)
-    partners = torch.arange(len(z)).roll(len(z) // 2)
-    return F.cross_entropy(logits, partners), {}
-
-
-def readmes_fork(zs):
-    """SIGReg."""
-    mine = {"__name__": "mine"}
-    exec(forked(), mine)
-    return mine["loss_of"](zs, Namespace(seed=0), 1)
+def fork_loss(name, zs, *more):
+    """The loss of a fork that the documentation shows."""
+    code = {"__name__": name}
+    exec(forks()[name], code)
+    return code["loss_of"](zs, Namespace(seed=0, temperature=0.5), *more)
 
 
 LOSSES = {  # of zs (3, n, 12), this rank's rows; a fork's loss, too, can be tested by a line here
@@ -102,9 +84,10 @@ LOSSES = {  # of zs (3, n, 12), this rank's rows; a fork's loss, too, can be tes
     "corinfomax": corinfomax_loss,
     "ldmi": lambda zs: corinfomax_loss(zs, "ldmi"),
     "mmd_sphere": lambda zs: mmd_sphere.mmd_sphere_loss(zs, 10.0, [1, 2, 3]),
-    "barlow twins": barlow_twins,
-    "simclr": simclr,
-    "readme's fork": readmes_fork,
+    "sigreg": lambda zs: fork_loss("sigreg", zs, 1),
+    "barlow_twins": lambda zs: fork_loss("barlow_twins", zs[:2]),
+    "vicreg": lambda zs: fork_loss("vicreg", zs[:2]),
+    "simclr": lambda zs: fork_loss("simclr", zs[:2]),
     "uniformity": lambda zs: mmd_sphere.mmd_sphere_loss(zs, 1.0, [], "rbf", log=True),
     "batch norm": batch_norm,
     "batch norm on GPUs": lambda zs: batch_norm(zs, forward_on_gpus),

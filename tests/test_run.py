@@ -12,6 +12,7 @@ from conftest import (
     EVALUATION,
     TINY,
     forked,
+    forks,
     launch,
     read_log,
     same,
@@ -218,16 +219,17 @@ def test_a_run_that_collapses_says_so(tmp_path, folder, capsys):
     assert common.effective_rank(torch.eye(16).repeat(4, 1)) == pytest.approx(16)
 
 
-DEMOS = dict(hsic=0.2, corinfomax=0.2, music=0.2, mmd_sphere=0.2, sigreg=0.15)  # and what kNN gains
+DEMOS = dict(hsic=0.2, corinfomax=0.2, music=0.2, mmd_sphere=0.2)  # and what kNN gains
+DEMOS |= dict(sigreg=0.15, barlow_twins=0.15, vicreg=0.15, simclr=0.15)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", DEMOS)
-def test_demos_and_the_readmes_fork_tell_patterns_apart_far_better_than_at_first(name, tmp_path, capsys):
+def test_demos_and_forks_tell_patterns_apart_far_better_than_at_first(name, tmp_path, capsys):
     path = f"{name}.py"
-    if name == "sigreg":
-        path = tmp_path / "mine.py"
-        path.write_text(forked())
+    if name in forks():
+        path = tmp_path / path
+        path.write_text(forks()[name])
     assert launch(path, "--out", tmp_path / "out") == 0 and "tensorboard" in capsys.readouterr().out
     log = read_log(tmp_path / "out")
     assert log[0]["knn"] < 0.46 and log[-2]["rank_z"] > (16 if name == "sigreg" else 8)
