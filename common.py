@@ -765,13 +765,23 @@ def parallel(net, args, device):
         net.compile()
     if world() == 1:
         return net
-    if device.type == "cuda":
-        options = dict(device_ids=[device.index])
-    else:  # a bucket each: DDP refills larger ones after a step, and a resumed run would add in another order
-        options = dict(bucket_cap_mb=1e-6)
-    model = nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True, **options)
+    ids = [device.index] if device.type == "cuda" else None
+    model = nn.parallel.DistributedDataParallel(net, device_ids=ids, gradient_as_bucket_view=True)
     model.broadcast_buffers = False  # they are the same on all ranks; the argument of that name goes
+    if device.type == "cpu":
+        model.register_comm_hook(None, mean_in_rank_order)
     return model
+
+
+def mean_in_rank_order(_, bucket):
+    """A hook of DDP for CPUs: the mean over ranks, in an order that does not depend on the buckets.
+
+    DDP fills them anew after its first step, so that a resumed run would otherwise differ in the last bit.
+    """
+    rows = all_gather(bucket.buffer()).view(world(), -1)
+    mean = torch.futures.Future()
+    mean.set_result(sum(rows.unbind()) / world())
+    return mean
 
 
 @torch.no_grad()
