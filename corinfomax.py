@@ -19,8 +19,8 @@ serdarozsoy/corinfomax-ssl.
     python corinfomax.py                                            built-in images, a minute on a CPU
     torchrun --nproc_per_node 8 corinfomax.py --data /imagenet      the published recipe
 
-Other than in the official code: R and mu are in the checkpoint; the log-determinant is by Cholesky; the
-learning rate moves every step, not every epoch.
+Unlike the official code: R and mu are saved in the checkpoint, log-determinants are computed by Cholesky, and
+the learning rate changes every step, not every epoch.
 """
 
 import argparse
@@ -37,7 +37,7 @@ import common
 class CorInfoMax(nn.Module):
     """The loss with its state, float64, the same on every rank: mu (2, d), R (2, d, d), R12 (d, d).
 
-    A call in training mode moves the state; gradient flows through this batch's share of it alone.
+    A call in training mode updates the state. Gradients flow through this batch's share of it only.
     """
 
     def __init__(self, d, forget_R=0.01, forget_mu=0.01, eps=1e-8, r0=1.0, objective="corinfomax"):
@@ -81,8 +81,8 @@ class CorInfoMax(nn.Module):
         return R + self.eps * torch.eye(len(R), dtype=R.dtype, device=R.device)
 
     def logdet(self, R):
-        """logdet(R + eps I), by Cholesky; NaN where rounding has made the positive definite R indefinite."""
-        factor, failed = torch.linalg.cholesky_ex(self.regular(R))  # a look at `failed` would wait for a GPU
+        """logdet(R + eps I) by Cholesky; NaN where rounding has made the positive definite R indefinite."""
+        factor, failed = torch.linalg.cholesky_ex(self.regular(R))  # `if failed` would wait for a GPU
         return 2 * factor.diagonal().log().sum().masked_fill(failed != 0, torch.nan)
 
 

@@ -17,11 +17,10 @@ Li, Pogodin, Sutherland, Gretton, NeurIPS 2021, arXiv 2106.08320. Official code:
     torchrun --nproc_per_node 8 hsic.py --data /imagenet            the published recipe
     python hsic.py --data cifar10 --local-crops 4 --gamma 10        any flag overrides the recipe
 
-Other than in the official code: random features are drawn exactly, as a scale mixture of Gaussians, not
-from a table of a truncated density (200 s at start-up); c follows random pairs, not all pairs of two random
-samples; the target network starts as a copy of the online one; averages include the statistics of batch
-normalisation. What is logged as `dependence` is HSIC(Z, Y) without the pairs of a view with itself: 0 where
-Z ignores identity.
+Unlike the official code: random features are drawn exactly, as a scale mixture of Gaussians, where it samples
+a truncated table that takes 200 s to compute; the scale c follows random pairs, not all pairs of two random
+samples; the target network starts as a copy of the online one; and averages include BN statistics. The logged
+`dependence` is HSIC(Z, Y) without the pairs of a view with itself: it is 0 where Z ignores identity.
 """
 
 import argparse

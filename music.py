@@ -8,16 +8,17 @@ and unit j of segment b in view 2:
       + 1/(S (S - 1)) sum_{a != b} sum_ij P[a,i,b,j] log P[a,i,b,j]   and make segments independent
       - 1/(N S) sum_n sum_a log sum_i p1[n,a,i] p2[n,a,i]             views agree
 
-No momentum network, no stop-gradient, no normalisation of the embedding. With S > 1, L >= -3 log s, reached
-where units are equally frequent, segments independent, and both views of an image have the same one-hot code.
+There is no momentum network, no stop-gradient and no normalisation of the embedding. With S > 1, L >= -3 log s,
+with equality where units are equally frequent, segments are independent, and both views of an image have the
+same one-hot code.
 
-Niu, Wang 2022, arXiv 2206.06461. The code was not released: the loss is the paper's, settings are those of
-its successor's code, IMSVD (github.com/niuchuangnn/IMSVD).
+Niu, Wang 2022, arXiv 2206.06461. The code was not released: the loss is the paper's, the settings are those of
+the code of its successor, IMSVD (github.com/niuchuangnn/IMSVD).
 
     python music.py                                                 built-in images, a minute on a CPU
     torchrun --nproc_per_node 8 music.py --data /imagenet           the recipe `imagenet`
 
-Difference from IMSVD's code: probabilities are clamped at 1e-30, in logarithms only, not at 1e-8.
+Unlike IMSVD's code, which clamps probabilities at 1e-8, it clamps them at 1e-30, and in logarithms only.
 """
 
 import torch
@@ -121,7 +122,7 @@ class Online(nn.Module):
 
 
 def loss_of(zs, args):
-    """The mean loss of all pairs of a global view and another view; terms of the two global views."""
+    """The mean loss over all pairs of a global view and another view; the terms of the two global views."""
     pairs = [(0, 1)]
     for local in range(2, len(zs)):
         pairs += [(0, local), (1, local)]
