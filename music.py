@@ -8,11 +8,11 @@ and unit j of segment b in view 2:
       + 1/(S (S - 1)) sum_{a != b} sum_ij P[a,i,b,j] log P[a,i,b,j]   and make segments independent
       - 1/(N S) sum_n sum_a log sum_i p1[n,a,i] p2[n,a,i]             views agree
 
-There is no momentum network, no stop-gradient and no normalisation of the embedding. With S > 1, L >= -3 log s,
-with equality where units are equally frequent, segments are independent, and both views of an image have the
-same one-hot code.
+There is no momentum network, no stop-gradient, and no normalisation of the embedding. With S > 1 the loss is
+at least -3 log s; it is that where units are equally frequent, segments are independent, and both views of an
+image have the same one-hot code.
 
-Niu, Wang 2022, arXiv 2206.06461. The code was not released: the loss is the paper's, the settings are those of
+Niu, Wang 2022, arXiv 2206.06461. The code was not released: the loss is the paper's, the settings come from
 the code of its successor, IMSVD (github.com/niuchuangnn/IMSVD).
 
     python music.py                                                 built-in images, a minute on a CPU
