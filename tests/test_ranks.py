@@ -43,7 +43,6 @@ def forward_on_gpus(norm, x):
     if common.world() == 1:
         return norm(x)
     patch.multiple(torch, **KERNELS).start()  # also for backward
-    norm.num_batches_tracked += 1
     state = norm.weight, norm.bias, norm.running_mean, norm.running_var
     return common.NormaliseOverRanks.apply(x, *state, norm.momentum, norm.eps)
 
