@@ -117,7 +117,8 @@ def parser_for(doc, lr="for 256 images, times batch-size / 256", last_lr="as a f
     add("--epochs", type=number(int, 1), help="passes over the data")
     add("--batch-size", type=number(int, 2), help="N, images per step over all ranks")
     add_run_flags(add)
-    add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the networks")
+    add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile networks and "
+        "views, on one rank")
     add("--micro-batch", type=number(int, 0), default=0, help="rows whose activations the backbone keeps at "
         "a time; the loss is that of the whole batch, BN statistics are per micro-batch (0: all rows)")
     add("--knn-every", type=number(int, 0), default=1, help="epochs between kNN tests (0: first and last)")
@@ -820,10 +821,26 @@ def prepare(net, device):
     return net.to(device, memory_format=torch.channels_last)
 
 
+def check_compiler(device):
+    """Refuse --compile on ranks, whose BN would break the graph at each layer, and without a compiler."""
+    if world() > 1:
+        fail(f"--compile on {world()} ranks does not work, since BN over ranks is not compiled: leave it out")
+    if device.type == "cpu":
+        compilers = [os.environ.get("CXX", "g++")]
+    else:  # for Triton
+        compilers = [os.environ.get("CC", "gcc"), "clang"]
+    if not any(shutil.which(name) for name in compilers):
+        fail(f"--compile needs {' or '.join(compilers)}, which is not installed: install it or leave it out")
+
+
 def parallel(net, args, device):
-    """What is called in training: `net`, compiled with --compile, under DDP where there are ranks."""
+    """What is called in training: `net`, compiled with --compile, under DDP where there are ranks.
+
+    Compiled, all views go through one graph, which a GPU launches as a whole. Calls of parts of `net`, as in
+    an evaluation, are not compiled.
+    """
     if args.compile:
-        net.compile()
+        net.compile(mode="reduce-overhead", dynamic=False)
     if world() == 1:
         return net
     ids = [device.index] if device.type == "cuda" else None
@@ -969,6 +986,8 @@ def start(args, script):
     args.precision = args.precision or default
     if device.type == "cpu" and args.precision == "bf16" and (args.size or 224) < 18:
         fail(f"--precision bf16 at --size {args.size} on a CPU, where its gradients are wrong: give fp32")
+    if args.compile:
+        check_compiler(device)
     torch.backends.cudnn.allow_tf32 = False
     if world() > 1 and not dist.is_initialized():
         dist.init_process_group(**group)

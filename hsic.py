@@ -66,7 +66,7 @@ def random_features(z, omega, phase, c=1.0):
 
 
 def hsic_zy(phi):
-    """HSIC(Z, Y) of features phi (..., M, N, f) of M views; pairs of a view with itself kept, as officially."""
+    """HSIC(Z, Y) of phi (..., M, N, f) of M views; pairs of a view with itself are kept, as officially."""
     M, N, _ = phi.shape[-3:]
     same = phi.sum(-3).square().sum((-2, -1)) / (N * M * (M - 1))
     return same - phi.mean((-3, -2)).square().sum(-1)

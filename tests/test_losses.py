@@ -87,19 +87,23 @@ def hsic_of_gram_matrices(K, L):
 
 
 @pytest.mark.parametrize("kernel, f", [("imq", 0), ("gaussian", 0), ("linear", 0), ("imq", 8)])
-def test_hsic_is_its_definition_or_the_mean_over_draws_of_that_with_two_halves_of_the_features(kernel, f):
+def test_hsic_is_its_definition_or_the_mean_over_draws_of_that_with_two_halves_of_the_features(
+    kernel, f, monkeypatch
+):
     zs = normal(3, 12, 5).requires_grad_()
     z = F.normalize(zs, dim=2).flatten(0, 1)
     naive = 0
     for draw in range(3):
         K = L = gram_matrix(z, kernel)
         if f > 0:
-            features = hsic.random_features(z, *hsic.sample_features(5, 16, kernel, 6, 7, draw=draw), 0.6)
-            K, L = [2 * half @ half.mT for half in features.chunk(2, 1)]
+            omega, phase = hsic.sample_features(5, 8, kernel, 6, 7, torch.tensor([draw]))
+            K, L = [phi @ phi.mT for phi in hsic.random_features(z, omega, phase, 0.6)[:, 0].unbind(1)]
         naive += hsic_of_gram_matrices(K, L) / 3
-    loss, terms = hsic.hsic_loss(zs, 0.6, 2.0, kernel, f, seed=6, step=7, draws=3)
-    assert_same(loss, naive[0], zs)
-    assert_near(list(terms.values()), list(naive[1:]))
+    for at_once in (1, 2**25):  # one draw in a product, and all
+        monkeypatch.setattr(hsic, "FEATURES_AT_ONCE", at_once)
+        loss, terms = hsic.hsic_loss(zs, 0.6, 2.0, kernel, f, seed=6, step=7, draws=3)
+        assert_same(loss, naive[0], zs)
+        assert_near(list(terms.values()), list(naive[1:]))
 
 
 @pytest.mark.parametrize("S, s", [(1, 24), (110, 10)])
@@ -217,14 +221,18 @@ def test_features_converge_to_the_kernel_at_rate_one_over_root_f(kernel):
     z = F.normalize(normal(40, 32), dim=1)
     errors = []
     for f in (1024, 16384):
-        phi = hsic.random_features(z, *hsic.sample_features(32, f, kernel, 0, 0), 0.6)
+        omega, phase = hsic.sample_features(32, f, kernel, 0, 0, torch.tensor([0]))
+        phi = hsic.random_features(z, omega[:, 0, 0], phase[0, 0], 0.6)
         errors.append((phi @ phi.mT - gram_matrix(z, kernel)).norm() / 40)
     assert 2.5 < errors[0] / errors[1] < 6.5  # 4 in expectation
 
 
 def test_features_are_a_function_of_seed_step_and_draw():
     keys = 2 * list(itertools.product((0, 1), repeat=3))
-    omegas = [hsic.sample_features(8, 16, "imq", seed, step, draw=draw)[0] for seed, step, draw in keys]
+    omegas = []
+    for seed, step, draw in keys:
+        omega, _ = hsic.sample_features(8, 16, "imq", seed, step, torch.tensor([draw]))
+        omegas.append(omega)
     assert len(torch.stack(omegas).unique(dim=0)) == 8
 
 
