@@ -84,6 +84,14 @@ FLAGS = {  # by the number of ranks
 }
 
 
+KERNELS = {  # of such a step, with its views
+    "hsic": {1: 740, 8: 2700},
+    "corinfomax": {1: 690, 8: 1500},
+    "music": {1: 2300, 8: 1060},
+    "mmd_sphere": {1: 670, 8: 2220},
+}
+
+
 @pytest.mark.parametrize("name", FLAGS)
 def test_a_step_that_only_steps_does_not_wait(gpu, name, tmp_path, monkeypatch, folder, big_folder):
     """The third of four steps neither logs nor saves, nor does it as the first of a resumed run."""
@@ -93,9 +101,10 @@ def test_a_step_that_only_steps_does_not_wait(gpu, name, tmp_path, monkeypatch, 
         yield from batches(train, args, device, start, 2)
         gpu.hurry, gpu.kernels = True, []
         for step, xs, labels in batches(train, args, device, 2, 3):
-            assert len(gpu.kernels) <= 150 * len(xs)
+            assert len(gpu.kernels) <= 110 * len(xs)
             yield step, xs, labels
-            assert len(gpu.kernels) < 3300 and gpu.kernels.count("copy") <= 4 * len(xs)
+            assert len(gpu.kernels) <= KERNELS[name][common.world()]
+            assert gpu.kernels.count("copy") <= 4 * len(xs) + 1
         gpu.hurry = False
 
     monkeypatch.setattr(common, "batches", until_third)
