@@ -959,12 +959,6 @@ def all_gather(x, group=None):
     return AllGather.apply(x, group) if dist.is_initialized() else x
 
 
-def with_gradient(value, z, grad):
-    """The value, whose gradient with respect to z is `grad`, which was computed along with it."""
-    product = z.flatten() @ grad.flatten()
-    return value + (product - product.detach())
-
-
 def start(args, script):
     """Join the process group, check --out, set the seed; returns the device of this rank. Writes nothing."""
     args.script = str(Path(script).resolve())
