@@ -35,8 +35,8 @@ import common
 
 # ----------------------------------------------------------------------------------------- the loss
 
-# A draw has M N 2 f features; where they are fewer than these, several draws are in one product.
-FEATURES_AT_ONCE = 2**25
+# A draw has M N 2 f features. Where that is less than these, several draws are in one product.
+FEATURES_AT_ONCE = {"cpu": 1, "cuda": 2**25}  # a CPU's cache is small, and a GPU waits for each product
 
 
 def sample_features(d, f, kernel, seed, step, draws):
@@ -58,7 +58,7 @@ def sample_features(d, f, kernel, seed, step, draws):
 def random_features(z, omega, phase, c=1.0):
     """phi(z) = sqrt(2 / f) cos(z omega / c + phase), so that phi(a).phi(b) ~ k(a, b).
 
-    For z (..., d), omega (d, *sets, f) and phase (*sets, f): (..., *sets, f), in one product.
+    For z (..., d), omega (d, G, f) and phase (G, f) of G draws: (..., G, f), in one product.
     """
     omega = (omega / c).to(z.dtype).flatten(1)
     waves = F.linear(z, omega.mT, phase.to(z.dtype).flatten()).cos()
@@ -103,16 +103,17 @@ def loss_of_draws(z_all, c, gamma, kernel, f, seed, step, draws):
     W = common.world()
     grad = torch.zeros_like(z_all)
     sums = z_all.new_zeros(4)  # of loss, HSIC(Z, Y), sqrt HSIC(Z, Z), pairs of a view with itself
-    at_once = W * max(1, FEATURES_AT_ONCE // (M * N * 2 * f))
+    at_once = W * max(1, FEATURES_AT_ONCE[z_all.device.type] // (M * N * 2 * f))
     for first in range(common.rank(), draws, at_once):
         numbers = torch.arange(first, min(first + at_once, draws), W, device=z_all.device)  # of G draws
         omega, phase = sample_features(d, f, kernel, seed, step, numbers)
         with torch.enable_grad():
             z = z_all.detach().requires_grad_()
-            features = random_features(z, omega, phase, c)  # (M, N, G, 2, f)
-            phi, psi = features.permute(3, 2, 0, 1, 4)  # with one set, HSIC(Z, Z) would be biased
+            phi = random_features(z, omega[:, :, 0], phase[:, 0], c).permute(2, 0, 1, 3)  # (G, M, N, f)
+            psi = random_features(z, omega[:, :, 1], phase[:, 1], c).permute(2, 0, 1, 3)
             zy = hsic_zy(phi)  # (G,)
-            root = (hsic_zz(phi, psi) + 1e-14).sqrt()  # its gradient is finite at collapse
+            zz = hsic_zz(phi, psi)  # with phi twice, it would be biased
+            root = (zz + 1e-14).sqrt()  # its gradient is finite at collapse
             loss = gamma * root - zy
             grad += torch.autograd.grad(loss.sum() / draws, z)[0]
         self_pairs = phi.detach().square().sum((1, 2, 3)) / (N * M * (M - 1))

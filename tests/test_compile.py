@@ -50,7 +50,7 @@ def test_a_compiled_run_resumes_to_the_bit_and_evaluates_eagerly(tmp_path):
     assert counters["stats"]["unique_graphs"] == 1 + 8  # the networks; crop, flip, jitter, gray, normalise
     with signals(signal.SIGTERM):
         assert train(*flags, "--out", tmp_path / "two") == 0
-    assert read_log(tmp_path / "two") == []
+    assert len(read_log(tmp_path / "two")) == 1  # the evaluation before the first step
     assert train(*flags, "--out", tmp_path / "two") == 0
     assert same(*[state_of(tmp_path / out) for out in ("one", "two")])
 
