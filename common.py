@@ -508,7 +508,7 @@ def label_by_folder(names, data, classes=None, archive=None):
 def list_folder(folder, classes=None):
     """The image files below a folder, and their classes, which are the folders right below."""
     names = image_names(folder)
-    paths = numpy.array([os.fsencode(folder / name) for name in names])
+    paths = numpy.array([os.fsencode(f"{folder}/{name}") for name in names])
     return label_by_folder(names, paths, classes)
 
 
@@ -1037,18 +1037,22 @@ class TensorPickle:
 def load_weights(path):
     """name -> tensor, of all tensors in anybody's checkpoint, none of whose code is run."""
     try:
-        try:
-            content = load_checked(path)
-        except pickle.UnpicklingError:  # there are other objects; of TorchScript it is a RuntimeError
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # about classes whose source code has changed
-                content = torch.load(path, "cpu", TensorPickle, weights_only=False)
-        return tensors(content, set())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch, about old files and changed classes
+            return tensors(load_anything(path), set())
     except Exception as error:  # damaged and foreign files raise many types
         if "TorchScript" in str(error):
             fail(f"{path} is a TorchScript program: give the state_dict() of torch.jit.load(FILE), saved")
         reason = str(error).partition("\n")[0]
         fail(f"{path} cannot be read as weights ({type(error).__name__}: {reason})")
+
+
+def load_anything(path):
+    """The content of a file of torch.save, where all but tensors, containers and numbers is Inert."""
+    try:
+        return load_checked(path)
+    except pickle.UnpicklingError:  # other objects are in it; a TorchScript program is a RuntimeError
+        return torch.load(path, "cpu", TensorPickle, weights_only=False)
 
 
 def tensors(content, visited, prefix=""):
