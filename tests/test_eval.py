@@ -100,35 +100,6 @@ def test_other_test_labels_change_the_accuracy_but_not_what_is_chosen(tmp_path, 
     assert {len(call.args[0]) for call in ev.fit_logistic.call_args_list} == {44, 48}  # the others, and all
 
 
-NET, OTHER = common.resnet("resnet34", "cifar")[0], common.resnet("resnet18")[0]
-CHILDREN = torch.nn.Sequential(*NET.children())
-LAYOUTS = {  # where in a file, under which prefix, are the published weights; and others
-    "torchvision": "/",
-    "moco": "state_dict/module.encoder_q. state_dict/module.encoder_k.",
-    "moco v3": "state_dict/module.base_encoder. state_dict/module.momentum_encoder.",
-    "dino": "teacher/backbone. student/module.backbone.",
-    "corinfomax": "model_state_dict/backbone.",
-    "lightly": "state_dict/backbone.",
-    "lightly, alone": "/",
-    "our checkpoint": "average/ online/backbone.",
-}
-
-
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_the_published_resnet_is_found_in_a_checkpoint(name, tmp_path):
-    published = CHILDREN if "lightly" in name else NET
-    content = {"args": argparse.Namespace(lr=0.1), "student": {0: "text"}, "fc.weight": torch.zeros(3)}
-    for net, layout in zip((published, OTHER), LAYOUTS[name].split(), strict=False):
-        part, prefix = layout.split("/")
-        net.state_dict(destination=content.setdefault(part, {}) if part else content, prefix=prefix)
-    content.pop("bn1.num_batches_tracked", None)  # as in old files
-    torch.save(content, tmp_path / "file", _use_new_zipfile_serialization=name != "moco")
-    (tmp_path / "args.json").write_text('{"size": 64}')
-    args = ev.get_args(["--backbone", f"{tmp_path}/file"])
-    assert same(ev.load_backbone(args).state_dict(), NET.state_dict())
-    assert (args.arch, args.stem, args.size) == ("resnet34", "cifar", 64)
-
-
 @pytest.mark.parametrize("mode", ["crops", "finetune"])
 def test_an_interrupted_evaluation_ends_bit_for_bit_as_one_that_was_not(mode, tmp_path, folder):
     flags = f"--mode {mode} --ema 0.9"
