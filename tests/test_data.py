@@ -8,7 +8,6 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
-from unittest.mock import Mock
 
 import numpy
 import pytest
@@ -179,20 +178,26 @@ def test_a_folder_named_as_a_data_set_is_mentioned(tmp_path, monkeypatch, capsys
     assert "or --data ./cifar10 for the folder of that name" in capsys.readouterr().err
 
 
-LOST = {  # what happens in a worker, and what the error says
-    "killed": (lambda *_: os.kill(os.getpid(), signal.SIGKILL), "is killed by signal: Killed"),
-    "bus error": (lambda *_: os.kill(os.getpid(), signal.SIGBUS), "is killed by signal: Bus error"),
-    "no shared memory": (Mock(side_effect=RuntimeError("unable to allocate shared memory")), "shared memory"),
-}
-
-
-@pytest.mark.parametrize("name", LOST)
-def test_a_lost_worker_is_a_sentence(name, big_folder, tmp_path, monkeypatch, capfd):
-    fate, reason = LOST[name]
-    monkeypatch.setattr(common.Crops, "cut", fate)
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGBUS])
+def test_a_worker_that_is_killed_ends_the_run_with_a_sentence(
+    signum, big_folder, tmp_path, monkeypatch, capfd
+):
+    monkeypatch.setattr(common.Crops, "cut", lambda *_: os.kill(os.getpid(), signum))
     assert launch("music.py", *TINY, "--workers=1", "--data", big_folder, "--out", tmp_path / "out") == 2
     message = capfd.readouterr().err.partition("music.py: error: ")[2]
-    assert reason in message and "--workers 0, or docker run --shm-size" in message
+    assert "lost (DataLoader worker" in message and "--workers 0, or docker run --shm-size" in message
+
+
+@pytest.mark.parametrize(
+    "code, text",
+    [
+        (2, "unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)"),
+        (2, "DataLoader timed out after 300 seconds"),
+        (0, "Caught RuntimeError in DataLoader worker process 0.\nRuntimeError: size mismatch"),
+    ],
+)
+def test_only_errors_of_a_lost_worker_become_a_sentence(code, text):
+    assert exit_code(lambda: common.refuse_lost_worker(RuntimeError(text))) == code
 
 
 COLOURS = {"L": 153, "LA": (153, 9), "CMYK": (0, 0, 0, 102), "I;16": 39423, "I;16B": 39423}  # 153 in 8 bits
