@@ -1,5 +1,6 @@
 """Images of folders as people have them, of torchvision's data sets, and those that are drawn."""
 
+import multiprocessing
 import os
 import pickle
 import shutil
@@ -13,7 +14,7 @@ import numpy
 import pytest
 import torch
 import torchvision
-from conftest import TINY, exit_code, launch, make_folder, read_log, train
+from conftest import FORKSERVER, TINY, exit_code, launch, make_folder, read_log, train
 from PIL import Image
 
 import common
@@ -178,14 +179,25 @@ def test_a_folder_named_as_a_data_set_is_mentioned(tmp_path, monkeypatch, capsys
     assert "or --data ./cifar10 for the folder of that name" in capsys.readouterr().err
 
 
+def lose_a_worker(signum, errors, *flags):
+    """In a process of its own: torch is told of lost workers at once in the first run of a process alone."""
+    multiprocessing.set_start_method("fork", force=True)
+    common.Crops.cut = lambda *_: os.kill(os.getpid(), signum)
+    with open(errors, "w") as file:
+        os.dup2(file.fileno(), 2)
+        sys.stderr = file
+        raise SystemExit(launch("music.py", *TINY, "--workers=1", *flags))
+
+
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGBUS])
-def test_a_worker_that_is_killed_ends_the_run_with_a_sentence(
-    signum, big_folder, tmp_path, monkeypatch, capfd
-):
-    monkeypatch.setattr(common.Crops, "cut", lambda *_: os.kill(os.getpid(), signum))
-    assert launch("music.py", *TINY, "--workers=1", "--data", big_folder, "--out", tmp_path / "out") == 2
-    message = capfd.readouterr().err.partition("music.py: error: ")[2]
+def test_a_killed_worker_ends_the_run_with_a_sentence(signum, big_folder, tmp_path):
+    flags = [tmp_path / "errors", "--data", big_folder, "--out", tmp_path / "out"]
+    process = FORKSERVER.Process(target=lose_a_worker, args=(signum, *flags))
+    process.start()
+    process.join(200)
+    message = (tmp_path / "errors").read_text().partition("music.py: error: ")[2]
     assert "lost (DataLoader worker" in message and "--workers 0, or docker run --shm-size" in message
+    assert process.exitcode == 2
 
 
 @pytest.mark.parametrize(
