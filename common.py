@@ -10,13 +10,15 @@ on 1, 2 or 8 ranks.
 import argparse
 import collections
 import contextlib
-import glob
 import hashlib
+import inspect
+import io
 import itertools
 import json
 import math
 import multiprocessing
 import os
+import pickle
 import re
 import runpy
 import secrets
@@ -27,6 +29,7 @@ import sys
 import time
 import warnings
 import zipfile
+import zlib
 from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
@@ -391,31 +394,54 @@ NAMED = {
     "stl10": torchvision.datasets.STL10,
 }
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".tif", ".tiff")
+TAR_TO_ZIP = (
+    "python -c \"import sys, tarfile, zipfile, pathlib; z = zipfile.ZipFile('images.zip', 'w'); "
+    "[z.writestr(f'{pathlib.Path(p).stem}/' + m.name.removeprefix('./'), t.extractfile(m).read()) "
+    'for p in sys.argv[1:] for t in [tarfile.open(p)] for m in t if m.isfile()]; z.close()"'
+)
 warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # pixels of files are only read
 MEMORY_SIDE, MEMORY_BYTES = 128, 4 << 30  # images of at most this side are kept decoded, if all of them fit
 
 
 class Images:
-    """data: uint8 pixels (n, 3, H, W) on the device, or paths of n files in one array that workers share.
+    """Images with labels: decoded pixels, files of a folder, or members of a zip.
 
-    labels (n,), on the CPU, are numbers of the classes, -1 for none. The key is a hash of all names: with it
-    in the checkpoint, a run goes on with the images that it began with.
+    data: uint8 pixels (n, 3, H, W) on the device, or one array that workers share: paths of n files, or, with
+    the path of an `archive`, n records of its members (see read_directory). files: of decoded pixels, the
+    paths or members they come from. labels (n,), on the CPU, are class numbers, -1 for none. The key is a
+    hash of all names: with it in the checkpoint, a run goes on with the images that it began with.
     """
 
-    def __init__(self, data, labels, classes, key):
+    def __init__(self, data, labels, classes, key, archive=None, files=None):
         self.data = data
         self.labels = labels
         self.classes = classes
         self.key = key
+        self.archive = archive
         self.in_memory = torch.is_tensor(data)
+        self.files = files if self.in_memory else data
         self.unreadable = set()
+        self.unreadable_limit = 0.01  # a larger share of them stops the run
 
     def __len__(self):
         return len(self.labels)
 
+    def name(self, i):
+        """The path of image i, its name in the archive or, where there are no files, its number."""
+        if self.files is None:
+            return str(int(i))
+        return os.fsdecode(self.files[i]["name"] if self.archive else self.files[i])
+
     def read(self, i):
-        """(3, H, W), uint8; None where a file is no whole image."""
-        return self.data[i] if self.in_memory else read_image(os.fsdecode(self.data[i]))
+        """(3, H, W), uint8; None where the image cannot be decoded."""
+        if self.in_memory:
+            return self.data[i]
+        try:
+            if self.archive:
+                return decode(io.BytesIO(read_member(self.archive, self.data[i])))
+            return decode(os.fsdecode(self.data[i]))
+        except Exception:  # Pillow raises many types for damaged files
+            return None
 
     def labelled(self):
         """The rows of images with a label."""
@@ -424,14 +450,17 @@ class Images:
     def take(self, rows):
         """The images of some rows, under a key of their own."""
         key = hashlib.sha256(self.key.encode() + rows.numpy().tobytes()).hexdigest()
-        return Images(self.data[rows.numpy()], self.labels[rows], self.classes, key)
+        files = None
+        if self.in_memory and self.files is not None:
+            files = self.files[rows.numpy()]
+        return Images(self.data[rows.numpy()], self.labels[rows], self.classes, key, self.archive, files)
 
     def report(self, unreadable):
-        """Name images that were found to be unreadable, once each; above 1 % of all, the run stops."""
-        for i in set(unreadable) - self.unreadable:
-            tqdm.write(f"unreadable, skipped: {os.fsdecode(self.data[i])!r}", sys.stderr)
+        """Name images that were found to be unreadable, once each; too many stop the run."""
+        for i in sorted(set(unreadable) - self.unreadable):
+            tqdm.write(f"unreadable, skipped: {self.name(i)!r}", sys.stderr)
         self.unreadable.update(unreadable)
-        if len(self.unreadable) > 0.01 * len(self):
+        if len(self.unreadable) > self.unreadable_limit * len(self):
             fail(f"{len(self.unreadable)} of {len(self)} images of --data cannot be read, more than 1 %")
 
     def state_dict(self):
@@ -442,48 +471,181 @@ class Images:
             fail(f"--data has other images than the run began with, {saved['images']} then, {len(self)} now")
 
 
-def read_image(path):
-    """(3, H, W), uint8, RGB; None where the file is no whole image or has more than 179 million pixels."""
+def decode(file):
+    """(3, H, W), uint8, RGB, of what Pillow opens: a path or a file object."""
+    with Image.open(file) as picture:  # reads the header, and refuses more than 179 million pixels
+        if picture.mode in ("I", "F"):
+            raise ValueError("32-bit pixels have no known range")
+        if picture.mode.startswith("I;16"):  # 16 bits, which convert would clip
+            return torch.from_numpy((numpy.array(picture) >> 8).astype("uint8")).expand(3, -1, -1)
+        rgb = picture if picture.mode == "RGB" else picture.convert("RGB")
+        return torch.from_numpy(numpy.asarray(rgb)).permute(2, 0, 1)
+
+
+@lru_cache
+def descriptor(archive):
+    """The archive, opened once in each process. Processes may share it, since pread moves no position."""
+    return os.open(archive, os.O_RDONLY)
+
+
+def read_member(archive, member):
+    """The content of a member of a zip (a record of read_directory); a wrong checksum is an error."""
+    file, start = descriptor(archive), int(member["offset"])
+    header = os.pread(file, 30, start)  # its name and extra field may be longer than in the directory
+    start += 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+    content = os.pread(file, int(member["size"]), start)
+    if member["method"] == zipfile.ZIP_DEFLATED:
+        content = zlib.decompress(content, -zlib.MAX_WBITS)
+    if zlib.crc32(content) != member["crc"]:
+        raise ValueError(f"wrong checksum of {member['name']}")
+    return content
+
+
+def read_directory(path):
+    """The images in a zip, sorted by name: an array of records (name, offset, size, method, crc)."""
+    members = {}
     try:
-        with Image.open(path) as picture:  # reads the header, and refuses a decompression bomb
-            if picture.mode in ("I", "F"):  # 32 bits, of any range
-                return None
-            if picture.mode.startswith("I;16"):  # 16 bits, which convert would clip
-                return torch.from_numpy((numpy.array(picture) >> 8).astype("uint8")).expand(3, -1, -1)
-            rgb = picture if picture.mode == "RGB" else picture.convert("RGB")
-            return torch.from_numpy(numpy.asarray(rgb)).permute(2, 0, 1)
-    except Exception:  # damage has many names
-        return None
+        with zipfile.ZipFile(path) as archive:
+            for info in archive.infolist():
+                # the name's bytes, which zipfile has decoded as UTF-8 or, without its flag, as cp437
+                name = info.orig_filename.encode("utf-8" if info.flag_bits & 0x800 else "cp437")
+                members[os.fsdecode(name)] = info
+    except Exception as error:  # damaged zips raise many types
+        fail(f"--data {path} cannot be read as a zip: {error}")
+    records = []
+    for name in sorted(filter(is_image, members)):
+        info = members[name]
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            fail(f"--data {path}: {name} is compressed by method {info.compress_type}, use zip -0 instead")
+        if info.flag_bits & 1:
+            fail(f"--data {path}: {name} is encrypted, make the zip without a password")
+        place = (info.header_offset, info.compress_size, info.compress_type, info.CRC)
+        records.append((os.fsencode(name), *place))
+    longest = max((len(record[0]) for record in records), default=1)
+    fields = [("name", f"S{longest}"), ("offset", "i8"), ("size", "i8"), ("method", "u2"), ("crc", "u4")]
+    return numpy.array(records, fields)
 
 
-def list_folder(folder, classes=None):
-    """The image files below a folder, at any depth, and their classes, which are the folders right below.
+def is_image(name):
+    """Whether a name in a folder or zip is an image's that is not hidden, as a Mac's ._x.jpg are."""
+    return name.lower().endswith(SUFFIXES) and "/." not in f"/{name}"
 
-    Links are followed, hidden files left out. Of other classes than `classes`, if given, images have none.
+
+def image_names(folder):
+    """Names of the image files below a folder, at any depth, sorted; hidden ones are left out.
+
+    Links are followed, after the directories that are none, and each directory is listed once: links may lead
+    back up.
     """
-    found = glob.iglob("**/*", root_dir=folder, recursive=True)
-    names = sorted(name for name in found if name.lower().endswith(SUFFIXES))
+    names = []
+    listed = set()
+    tops = [str(folder)]
+    for top in tops:  # which grows by the links to directories
+        for path, children, files in os.walk(top):
+            identity = os.path.realpath(path)
+            if identity in listed:
+                children.clear()
+                continue
+            listed.add(identity)
+            children[:] = [child for child in children if not child.startswith(".")]
+            paths = [os.path.join(path, child) for child in sorted(children)]
+            tops += filter(os.path.islink, paths)
+            below = os.path.relpath(path, folder) + "/"
+            names += [below.removeprefix("./") + file for file in files]
+    return sorted(filter(is_image, names))
+
+
+def label_by_folder(names, data, classes=None, archive=None):
+    """Images whose class is the first folder of their name; without label if it is not one of `classes`."""
     folders = [os.path.dirname(name).partition("/")[0] for name in names]
     if classes is None:
         classes = sorted(set(folders) - {""})
-    number_of = {name: i for i, name in enumerate(classes)}
-    labels = torch.tensor([number_of.get(name, -1) for name in folders])
-    paths = numpy.array([os.fsencode(folder / name) for name in names])
-    return Images(paths, labels, classes, hashlib.sha256(os.fsencode("/".join(names))).hexdigest())
+    label_of = {name: i for i, name in enumerate(classes)}
+    labels = torch.tensor([label_of.get(name, -1) for name in folders])
+    key = hashlib.sha256(os.fsencode("/".join(names))).hexdigest()
+    return Images(data, labels, classes, key, archive)
+
+
+def list_folder(folder, classes=None):
+    """The image files below a folder, and their classes, which are the folders right below."""
+    names = image_names(folder)
+    paths = numpy.array([os.fsencode(f"{folder}/{name}") for name in names])
+    return label_by_folder(names, paths, classes)
+
+
+def list_zip(archive, members, part, classes=None):
+    """The images below the folder `part` of a zip ("": all), at whatever depth it is; None without one."""
+    names = [f"/{os.fsdecode(name)}" for name in members["name"]]
+    top = "/"
+    if part:
+        above = {name.partition(f"/{part}/")[0] for name in names if f"/{part}/" in name}
+        if not above:
+            return None
+        top = f"{min(above, key=len)}/{part}/"
+    rows = [row for row, name in enumerate(names) if name.startswith(top)]
+    names = [names[row].removeprefix(top) for row in rows]
+    return label_by_folder(names, members[rows], classes, str(archive))
+
+
+def list_part(root, part, classes=None):
+    """The images of a folder's train, val or test ("": all), which may be a zip; None without such a part."""
+    if (root / part).is_dir():
+        return list_folder(root / part, classes)
+    archive = root / f"{part}.zip"
+    if not archive.is_file():
+        return None
+    members = read_directory(archive)
+    return list_zip(archive, members, part, classes) or list_zip(archive, members, "", classes)
+
+
+def lister(root):
+    """list_part for a folder or a zip, whose directory is read once; tars are refused."""
+    refuse_tar(root)
+    if root.is_file():
+        return partial(list_zip, root, read_directory(root))
+    return partial(list_part, root)
+
+
+def refuse_tar(path):
+    """Refuse a tar, whose members have no directory, with two ways to go on."""
+    if ".tar" in path.suffixes or path.suffix == ".tgz":
+        fail(
+            f"--data {path}: a tar has no directory of its members. Mount it, by ratarmount, or make it a "
+            f"zip (a tar of tars is unpacked once before): {TAR_TO_ZIP} {path}"
+        )
+
+
+def refuse_empty(root, images):
+    if not images:
+        for path in root.glob("*"):
+            refuse_tar(path)
+        fail(f"--data {root}: no images there, nor is it a data set's name ({', '.join(NAMED)})")
+
+
+def list_all(root):
+    """All images of a folder or a zip."""
+    images = lister(root)("")
+    refuse_empty(root, images)
+    return images
 
 
 def open_folder(root):
-    """Training images of a folder, and test images of their classes, or None."""
-    folder = root / "train" if (root / "train").is_dir() else root
-    train = list_folder(folder)
-    if len(train) == 0:
-        fail(f"--data {root}: no images there, nor is it a data set's name ({', '.join(NAMED)})")
-    for name in ("val", "test"):
-        test = list_folder(root / name, train.classes)
-        known = test.labelled()
-        if folder != root and len(known):
-            print(f"{root / name}: {len(known)} of {len(test)} images have classes of train", file=sys.stderr)
-            return train, test.take(known)
+    """Training images of a folder or a zip, and test images of their classes, or None."""
+    listing = lister(root)
+    folder = root / "train"
+    train = listing("train")
+    if train is None:
+        folder = root
+        train = listing("")
+    refuse_empty(root, train)
+    if folder != root:
+        for name in ("val", "test"):
+            test = listing(name, train.classes)
+            known = test.labelled() if test else []
+            if len(known):
+                counts = f"{len(known)} of {len(test)} images"
+                print(f"{root / name}: {counts} have classes of train", file=sys.stderr)
+                return train, test.take(known)
     print(f"{folder}: training on all its {len(train)} images", file=sys.stderr)
     print(f"no kNN and no probe: {root}/val has no folders named as those in {folder}", file=sys.stderr)
     return train, None
@@ -501,7 +663,8 @@ def open_named(name, root):
                 pixels, labels = pixels.permute(0, 3, 1, 2).contiguous(), part.targets
             images.append(Images(pixels, torch.as_tensor(labels).long(), part.classes, name))
     except (OSError, RuntimeError) as error:
-        fail(f"{name} is not in {root} and cannot be had ({error}): give --data {name}:/where/it/lies")
+        here = f", or --data ./{name} for the folder of that name" if os.path.isdir(name) else ""
+        fail(f"{name} is not in {root} and cannot be had ({error}): give --data {name}:/where/it/lies{here}")
     return images
 
 
@@ -518,7 +681,8 @@ def to_memory(images, device):
             if image.shape != decoded[0].shape:
                 return images
         pixels = torch.stack(decoded)
-    return Images(pixels.to(device), images.labels, images.classes, images.key)
+    pixels = pixels.to(device)
+    return Images(pixels, images.labels, images.classes, images.key, images.archive, images.files)
 
 
 def open_data(args, device):
@@ -562,9 +726,9 @@ class Crops(torch.utils.data.Dataset):
         self.views = views
         self.seed = seed
 
-    def __getitems__(self, places):
-        """(crops (S, S, 3), label, whether it can be read) of each place (epoch, image) of a batch."""
-        epochs, index = torch.tensor(places).unbind(1)
+    def __getitems__(self, keys):
+        """(crops (S, S, 3), label, whether it can be read) of each key (epoch, image index) of a batch."""
+        epochs, index = torch.tensor(keys).unbind(1)
         draws = draw(self.seed, epochs[:, None], index, len(self.views))
         batch = [self.cut(i, u) for i, u in zip(index.tolist(), draws, strict=True)]
         return [([x.permute(1, 2, 0) for x in crops], *rest) for crops, *rest in batch]
@@ -595,8 +759,8 @@ class Crops(torch.utils.data.Dataset):
 
 def ignore_signals(_):
     """Schedulers send signals to all processes of a job: the main one answers them, and ends its workers."""
-    for number_of_signal in SIGNALS:
-        signal.signal(number_of_signal, signal.SIG_IGN)
+    for signum in SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)
 
 
 def load(images, order, views, args, device):
@@ -619,6 +783,22 @@ def load(images, order, views, args, device):
     for (step, epoch, index), (crops, labels, readable) in zip(order, loader, strict=False):
         images.report(index[~readable].tolist())
         yield step, epoch, index, labels, [x.permute(0, 3, 1, 2) for x in crops]
+
+
+LOST_WORKER = "DataLoader worker .*(exited|killed).*|DataLoader timed out.*|.*shared memory.*"
+
+
+def refuse_lost_worker(error):
+    """End the program with a sentence if an error says that the machine has too little memory for workers.
+
+    torch raises it wherever the main process happens to be: it learns by a signal that a worker has died.
+    """
+    lost = re.search(LOST_WORKER, str(error))
+    if lost:
+        fail(
+            f"a process that decodes images was lost ({lost[0]}): memory is short, give fewer --workers "
+            "or --workers 0, or docker run --shm-size 8g; the last checkpoint is kept"
+        )
 
 
 def view_batches(images, order, views, args, device):
@@ -718,10 +898,7 @@ def resnet(arch, stem="imagenet", zero_init=False, init=None):
         net.maxpool = nn.Identity()
         nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
     if init:
-        try:
-            net.load_state_dict(load_checked(init))
-        except Exception as error:  # damage and other networks have many names
-            fail(f"--init {init} does not hold the weights of {arch} with stem {stem}: {error}")
+        load_resnet(net, init, f"{arch} with stem {stem}")
     return net, width
 
 
@@ -874,6 +1051,155 @@ def ema_update(average, net, momentum):
 def autocast(args, device):
     """bfloat16 within, with --precision bf16."""
     return torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
+
+
+# ------------------------------------------------------------------------------------------------ weights
+
+
+class Inert(dict):
+    """What any object but a tensor becomes when a file of weights is read: a dict of its attributes.
+
+    It accepts whatever a pickle does to an object, and nothing that the pickle names is imported or called.
+    """
+
+    dtype = torch.uint8  # as a class of storages, which is then read as bytes
+    dump_patches = False  # as a class of modules, whose source code old files hold: torch compares, no more
+    __hash__ = object.__hash__  # it may be a key
+
+    def __init__(self, *args, **options):
+        super().__init__()
+
+    def __call__(self, *args, **options):
+        return Inert()
+
+    def __setstate__(self, state):
+        for part in state if isinstance(state, tuple) else [state]:
+            if isinstance(part, dict):
+                self.update(part)
+
+    def append(self, item):
+        pass
+
+    add = extend = append
+
+
+def rebuild_plain(rebuild, kind, args, state):
+    """A tensor of a subclass, or with attributes, as a tensor."""
+    return rebuild(*args)
+
+
+PICKLED_TENSORS = {  # all that the pickle of a tensor refers to, beside storages, of which torch takes care
+    ("collections", "OrderedDict"): collections.OrderedDict,
+    ("torch._tensor", "_rebuild_from_type_v2"): rebuild_plain,
+    ("torch._utils", "_rebuild_tensor"): torch._utils._rebuild_tensor,
+    ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
+    ("torch._utils", "_rebuild_parameter"): torch._utils._rebuild_parameter,
+    ("torch._utils", "_rebuild_parameter_with_state"): torch._utils._rebuild_parameter_with_state,
+    **{("torch", name): item for name, item in vars(torch).items() if isinstance(item, torch.dtype)},
+}
+
+
+class TensorPickle:
+    """What torch.load takes as pickle_module: reads tensors, and Inert for everything else."""
+
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module, name):
+            item = PICKLED_TENSORS.get((module, name), Inert)
+            if inspect.isfunction(item):
+                return partial(item)  # a pickle may set attributes, which are not to be the function's
+            return item
+
+    @classmethod
+    def load(cls, file, **options):
+        return cls.Unpickler(file, **options).load()
+
+
+def load_weights(path):
+    """name -> tensor, of all tensors in anybody's checkpoint, none of whose code is run."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch, about old files and changed classes
+            return tensors(load_anything(path), set())
+    except Exception as error:  # damaged and foreign files raise many types
+        if "TorchScript" in str(error):
+            fail(f"{path} is a TorchScript program: give the state_dict() of torch.jit.load(FILE), saved")
+        reason = str(error).partition("\n")[0]
+        fail(f"{path} cannot be read as weights ({type(error).__name__}: {reason})")
+
+
+def load_anything(path):
+    """The content of a file of torch.save, where all but tensors, containers and numbers is Inert."""
+    try:
+        return load_checked(path)
+    except pickle.UnpicklingError:  # other objects are in it; a TorchScript program is a RuntimeError
+        return torch.load(path, "cpu", TensorPickle, weights_only=False)
+
+
+def tensors(content, visited, prefix=""):
+    """name -> tensor, of all tensors in nested dicts, whose keys are joined by dots.
+
+    Of a pickled module the attributes that hold its parts are left out of names.
+    """
+    found = {}
+    visited.add(id(content))  # objects may refer to each other
+    for key, value in content.items():
+        name = f"{prefix}{key}"
+        if torch.is_tensor(value):
+            found[name] = value.detach()
+        elif isinstance(value, dict) and id(value) not in visited:
+            below = prefix if key in ("_modules", "_parameters", "_buffers") else f"{name}."
+            found.update(tensors(value, visited, below))
+    return found
+
+
+CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
+
+
+def resnets_in(weights):
+    """prefix -> what is below it of a ResNet without its classifier; preferred prefixes come first."""
+    prefixes = re.findall(r"^(|.*\.)(?:layer1|4)\.0\.conv1\.weight$", "\n".join(weights), re.MULTILINE)
+    resnets = {}
+    for prefix in sorted(prefixes, key=preference):
+        resnets[prefix] = {}
+        for name, tensor in weights.items():
+            child, _, rest = name.removeprefix(prefix).partition(".")
+            child = CHILDREN.get(child, child)  # the numbers of an nn.Sequential
+            if name.startswith(prefix) and child in CHILDREN.values():
+                resnets[prefix][f"{child}.{rest}"] = tensor
+    return resnets
+
+
+def preference(prefix):
+    """Sorts first what is published: averages and DINO's teacher; last, targets and momentum encoders."""
+    if re.search("average|teacher", prefix):
+        return 0
+    if re.search("target|momentum|encoder_k|key", prefix):
+        return 2
+    return 1
+
+
+def load_resnet(net, path, description):
+    """Load into a ResNet the weights in a file, whatever else is there and under whatever prefix."""
+    weights = load_weights(path)
+    for resnet_weights in resnets_in(weights).values():
+        with contextlib.suppress(RuntimeError):  # names or shapes are those of another architecture
+            net.load_state_dict(resnet_weights)
+            return
+    fail(f"--init {path} holds no complete {description}; its first tensors are {list(weights)[:3]}")
+
+
+def find_resnet(weights):
+    """(ResNet, arch, stem, prefix) of the best complete ResNet of torchvision in named weights, or None."""
+    for prefix, resnet_weights in resnets_in(weights).items():
+        stem = "imagenet"
+        if "conv1.weight" in resnet_weights and resnet_weights["conv1.weight"].shape[-1] == 3:
+            stem = "cifar"
+        for arch in sorted(torchvision.models.list_models(torchvision.models, "*resne*"), key=len):
+            net, _ = resnet(arch, stem)
+            with contextlib.suppress(RuntimeError):  # names or shapes are those of another architecture
+                net.load_state_dict(resnet_weights)
+                return net, arch, stem, prefix
+    return None
 
 
 # -------------------------------------------------------------------------------------------------- ranks
@@ -1502,9 +1828,10 @@ def finish(log, signals):
         first, last = float(accuracies[0]), float(accuracies[-1])
         print(f"kNN accuracy: {first:.1%} at initialisation, {last:.1%} now")
     print(f"{out}: backbone.pth (torchvision's names), checkpoint.pt, log.jsonl, args.json")
-    data = f" --data {log.args.data}" if log.args.data else ""
     print(f"next: tensorboard --logdir {out}")
-    print(f"      python eval_linear.py --backbone {out}/backbone.pth{data}")
+    if find_resnet(load_checked(out / "backbone.pth")):  # what eval_linear.py evaluates
+        data = f" --data {log.args.data}" if log.args.data else ""
+        print(f"      python eval_linear.py --backbone {out}/backbone.pth{data}")
 
 
 # ------------------------------------------------------------------------------------------------- launch
@@ -1539,6 +1866,9 @@ def launch(main, get_args):
         main(get_args(argv))
     except torch.OutOfMemoryError as error:
         fail(f"out of memory, give --micro-batch or a smaller --batch-size ({error})")
+    except RuntimeError as error:
+        refuse_lost_worker(error)
+        raise
     finally:  # workers ignore the signals that would end them
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for worker in multiprocessing.active_children():

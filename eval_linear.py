@@ -20,16 +20,13 @@ code of CorInfoMax and SFRIK reports the epoch that is best on test images.
 the same command resumes from. Features are kept in features/ beside it.
 """
 
-import argparse
 import collections
-import contextlib
 import copy
 import hashlib
 import itertools
 import json
 import math
 import os
-import re
 from pathlib import Path
 
 import numpy
@@ -69,7 +66,8 @@ def get_args(argv):
     count = number(int, 1)
     add = parser.add_argument_group("what").add_argument
     add("--backbone", required=True, metavar="FILE", help="a checkpoint; or random, or torchvision")
-    add("--mode", default="knn,cached", help=f"one or more of {', '.join(MODES)} (default: %(default)s)")
+    add("--mode", default="knn,cached", help=f"one or more of {', '.join(MODES)} (default: %(default)s); "
+        "or features, of all images of --data, without labels")
     add("--recipe", choices=RECIPES, help="a published protocol")
     add("--data", help=f"folder with train/ and val/; or {', '.join([*common.NAMED, *FILE_SETS])}, with "
         ":/where/it/lies (default ./data); left out: built-in patterns")
@@ -99,8 +97,8 @@ def get_args(argv):
     recipe = parser.parse_known_args(argv)[0].recipe
     args = parser.parse_args(RECIPES.get(recipe, "").split() + argv)
     # fmt: on
-    if set(args.mode.split(",")) - set(MODES):
-        fail(f"--mode {args.mode}: choose from {', '.join(MODES)}")
+    if args.mode != "features" and set(args.mode.split(",")) - set(MODES):
+        fail(f"--mode {args.mode}: choose from {', '.join(MODES)}, or features alone")
     args.scale = 1.0 if args.absolute else args.batch_size / 256
     path = Path(args.backbone)
     if args.backbone in ("random", "torchvision"):
@@ -116,75 +114,34 @@ def get_args(argv):
 
 # ------------------------------------------------------------------------------------------- backbone
 
-CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
-torch.serialization.add_safe_globals([argparse.Namespace])  # many checkpoints hold one beside the weights
-
-
 def load_backbone(args):
     """The network of --backbone; sets args.arch, .stem, .weights (where they were found), .backbone_hash."""
     torch.manual_seed(args.seed)
     args.weights = args.backbone
-    try:
+    if args.backbone == "random":
+        net, _ = common.resnet(args.arch, args.stem)
+    else:
         if args.backbone == "torchvision":
-            net = torchvision.models.get_model(args.arch, weights="IMAGENET1K_V1")
-            net = find_resnet(args, net.state_dict())
-        elif args.backbone == "random":
-            net, _ = common.resnet(args.arch, args.stem)
+            weights = published_weights(args.arch)
         else:
-            net = find_resnet(args, tensors(common.load_checked(args.backbone)))
-    except Exception as error:  # damage, no network, and pickles that would run code have many names
-        reason = str(error).partition("\n")[0]
-        fail(f"--backbone {args.backbone} cannot be read as weights ({type(error).__name__}: {reason})")
+            weights = common.load_weights(args.backbone)
+        resnet = common.find_resnet(weights)
+        if resnet is None:
+            names = f"its first tensors are {list(weights)[:3]}"
+            fail(f"--backbone {args.backbone} holds no complete ResNet of torchvision, {names}")
+        net, args.arch, args.stem, prefix = resnet
+        args.weights += f" (its '{prefix}', one of {len(common.resnets_in(weights))})"
     content = b"".join(tensor.numpy().tobytes() for tensor in net.state_dict().values())
     args.backbone_hash = hashlib.sha256(content).hexdigest()[:16]
     return net
 
 
-def tensors(content, prefix=""):
-    """name -> tensor, of all tensors in nested dicts, whose keys are joined by dots."""
-    found = {}
-    for key, value in content.items():
-        if isinstance(value, dict):
-            found.update(tensors(value, f"{prefix}{key}."))
-        elif torch.is_tensor(value):
-            found[f"{prefix}{key}"] = value
-    return found
-
-
-def find_resnet(args, weights):
-    """The ResNet whose weights stand, all of them, below some prefix; of several, the published choice."""
-    prefixes = re.findall(r"^(|.*\.)(?:layer1|4)\.0\.conv1\.weight$", "\n".join(weights), re.MULTILINE)
-    for prefix in sorted(prefixes, key=preference):
-        found = below(prefix, weights)
-        args.stem = "cifar" if found["conv1.weight"].shape[-1] == 3 else "imagenet"
-        for arch in sorted(torchvision.models.list_models(torchvision.models, "*resne*"), key=len):
-            net, _ = common.resnet(arch, args.stem)
-            with contextlib.suppress(RuntimeError):  # names or shapes are those of another architecture
-                net.load_state_dict(found)
-                args.arch = arch
-                args.weights += f" (its '{prefix}', one of {len(prefixes)})"
-                return net
-    fail(f"--backbone {args.backbone} holds no whole ResNet of torchvision: {list(weights)[:3]}")
-
-
-def preference(prefix):
-    """Sorts first what is published: averages and DINO's teacher; last, targets and momentum encoders."""
-    if re.search("average|teacher", prefix):
-        return 0
-    if re.search("target|momentum|encoder_k|key", prefix):
-        return 2
-    return 1
-
-
-def below(prefix, weights):
-    """A ResNet's weights below a prefix, without classifier; nn.Sequential's numbers become names."""
-    found = {}
-    for name, tensor in weights.items():
-        child, _, rest = name.removeprefix(prefix).partition(".")
-        child = CHILDREN.get(child, child)
-        if name.startswith(prefix) and child in CHILDREN.values():
-            found[f"{child}.{rest}"] = tensor
-    return found
+def published_weights(arch):
+    """torchvision's supervised weights."""
+    try:
+        return torchvision.models.get_model(arch, weights="IMAGENET1K_V1").state_dict()
+    except Exception as error:  # unknown names, no network, a full disk
+        fail(f"--backbone torchvision --arch {arch} cannot be loaded ({error})")
 
 
 # ----------------------------------------------------------------------------------------------- data
@@ -238,12 +195,12 @@ def labelled_rows(images, args):
     """Rows of the images that --labels stands for: per cent of each class, or the files of a list."""
     if args.labels in map(str, range(1, 101)):
         return stratified(images.labels, int(args.labels) / 100, args.seed, LABELLED, least=1)
-    if images.in_memory or not os.path.isfile(args.labels):
-        fail(f"--labels {args.labels} is neither per cent nor a file with names of images above 128 pixels")
+    if images.files is None or not os.path.isfile(args.labels):
+        fail(f"--labels {args.labels} is neither per cent nor a file with names of image files")
     names = {os.path.basename(name) for name in Path(args.labels).read_text().split()}
     rows = []
-    for row, path in enumerate(images.data):
-        if os.path.basename(os.fsdecode(path)) in names:
+    for row in range(len(images)):
+        if os.path.basename(images.name(row)) in names:
             rows.append(row)
     if len(rows) != len(names):
         fail(f"--labels {args.labels}: of its {len(names)} images {len(rows)} are in --data")
@@ -266,8 +223,7 @@ def plan(args, mode, train, test):
     args.mode = mode
     args.out = f"{args.out}/{mode}"
     args.epochs = args.epochs or (100 if mode == "crops" else 20)
-    args.size = args.size or (min(train.data.shape[2:]) if train.in_memory else 224)
-    args.resize = 96 if args.size == 96 else args.size * 8 // 7  # 96, STL-10's side, is left as it is
+    set_size(args, train)
     rows = torch.arange(len(train))
     held = rows[:0]
     if mode == "lbfgs" or (mode in ("cached", "crops") and len(args.lr + args.wd) > 2):
@@ -278,6 +234,13 @@ def plan(args, mode, train, test):
     if mode not in ("knn", "lbfgs") and args.batch_size > len(fit):
         fail(f"--batch-size {args.batch_size} is more than the {len(fit)} images to train on")
     return args, Data(train, test, fit, held)
+
+
+def set_size(args, images):
+    """Set args.size, by default that of small images or else 224, and args.resize, of the uncropped side."""
+    if not args.size:
+        args.size = min(images.data.shape[2:]) if images.in_memory else 224
+    args.resize = 96 if args.size == 96 else args.size * 8 // 7  # 96, STL-10's side, is left as it is
 
 
 # ------------------------------------------------------------------------------- features and accuracies
@@ -301,6 +264,8 @@ def fingerprint(images):
     """A hash of the labels and of all pixels or, of files, names and sizes."""
     if images.in_memory:
         content = hashlib.sha256(images.data.cpu().numpy()).hexdigest()
+    elif images.archive:
+        content = hashlib.sha256(images.data).hexdigest()  # which holds names, sizes and checksums
     else:
         content = [os.path.getsize(path) for path in images.data]
     text = f"{images.key} {images.labels.tolist()} {content}"
@@ -343,20 +308,22 @@ def knn(args, net, data, device):
         votes = common.knn_votes(similarity[:, :k], labels[rows[:, :k]], len(data.train.classes))
         results[f"k = {k}"] = accuracies(votes, y)
     if common.rank() == 0:
-        write_sheet(Path(args.out).with_name("neighbours.png"), data, rows[:, :9])
+        queries = common.evenly(torch.arange(len(rows)), 12)
+        path = Path(args.out).with_name("neighbours.png")
+        write_sheet(path, data.test, queries, data.train, rows[queries, :9])
     return results, {}
 
 
-def write_sheet(path, data, neighbours):
-    """A picture: in each line a test image and its nearest training images, dark where the class is wrong."""
+def write_sheet(path, images, queries, bank, neighbours):
+    """A picture: in each line an image and its nearest ones of the bank, dark where the class is another."""
     view = common.View(size=64, resize=64)
-    tests = common.Crops(data.test, [view], 0)
-    bank = common.Crops(data.train, [view], 0)
+    images = common.Crops(images, [view], 0)
+    bank = common.Crops(bank, [view], 0)
     tiles = []
-    for query in common.evenly(torch.arange(len(neighbours)), 12).tolist():
-        (picture,), label, _ = tests.cut(query, None)
+    for query, rows in zip(queries.tolist(), neighbours.tolist(), strict=True):
+        (picture,), label, _ = images.cut(query, None)
         tiles.append(picture / 255)
-        for row in neighbours[query].tolist():
+        for row in rows:
             (picture,), other, _ = bank.cut(row, None)
             tiles.append(picture / (255 if other == label else 4 * 255))
     torchvision.utils.save_image(tiles, path, nrow=1 + neighbours.shape[1], pad_value=1)
@@ -503,6 +470,68 @@ def lbfgs(args, net, data, device):
     return {f"penalty {best}": accuracies(h_test @ weight.mT, y_test)}, grid
 
 
+# ---------------------------------------------------------------------------------------- embeddings
+
+PART = 50_000  # images whose features are in memory at a time
+
+
+def embed(args, net, device):
+    """Write features.npy, names.txt in the same order and neighbours.png, for all images of --data."""
+    name = (args.data or "").partition(":")[0]
+    if not name or name in common.NAMED or name in FILE_SETS:
+        fail("--mode features is for your own images: give --data FOLDER, or a zip")
+    images = common.from_rank_0(lambda: common.list_all(Path(args.data)))
+    images.labels.fill_(-1)  # folders need not be classes
+    images.unreadable_limit = 1.0  # whatever their number, they are left out
+    images = common.to_memory(images, device)
+    set_size(args, images)
+    common.resume(args, {})  # makes the directory
+
+    out = Path(args.out)
+    temporary = out / "features.npy.tmp"
+    rows = []
+    with open(temporary if common.rank() == 0 else os.devnull, "wb") as file:
+        write_header(file, len(images), net.inplanes)
+        for part in torch.arange(len(images)).split(PART):
+            h, _ = common.features(net, images, part, args, args.resize)
+            unreadable = torch.zeros(len(images), device=device)
+            unreadable[list(images.unreadable)] = 1
+            readable = common.all_reduce(unreadable)[part] == 0  # of all ranks
+            rows.append(part[readable.cpu()])
+            file.write(h[readable].cpu().numpy().tobytes())
+        rows = torch.cat(rows)
+        file.seek(0)
+        write_header(file, len(rows), net.inplanes)
+    if common.rank() == 0:
+        names = [images.name(row).replace("\n", "\\n") for row in rows]  # a line each
+        (out / "names.txt").write_bytes(os.fsencode("".join(f"{name}\n" for name in names)))
+        temporary.replace(out / "features.npy")
+        write_neighbours(out, images, rows)
+        print(f"{out}: features.npy {len(rows), net.inplanes}, names.txt in the same order, neighbours.png")
+        print(f"{args.arch} of {args.weights}, centre {args.size} of {args.resize} pixels")
+    common.leave_ranks()
+
+
+def write_header(file, rows, width):
+    """The first bytes of a .npy file of float32 (rows, width), whose number does not depend on `rows`."""
+    header = dict(descr="<f4", fortran_order=False, shape=(rows, width))
+    numpy.lib.format.write_array_header_1_0(file, header)
+
+
+def write_neighbours(out, images, rows):
+    """The picture of nearest neighbours among the images `rows`, whose features are in features.npy."""
+    saved = numpy.load(out / "features.npy", mmap_mode="r")
+    queries = common.evenly(torch.arange(len(rows)), 12)
+    h = F.normalize(torch.tensor(saved[queries]), dim=1)
+    similarity = []
+    for first in range(0, len(rows), PART):
+        similarity.append(h @ F.normalize(torch.tensor(saved[first : first + PART]), dim=1).mT)
+    similarity = torch.cat(similarity, 1)
+    similarity[torch.arange(len(queries)), queries] = -1  # an image is not its own neighbour
+    neighbours = similarity.topk(min(9, len(rows) - 1)).indices
+    write_sheet(out / "neighbours.png", images, rows[queries], images, rows[neighbours])
+
+
 # ---------------------------------------------------------------------------------------------- main
 
 MODES = dict(knn=knn, cached=train, crops=train, lbfgs=lbfgs, finetune=train)
@@ -530,12 +559,24 @@ def protocol(args, data):
     return f"{how}; {args.arch} of {args.weights}; {images}, centre {args.size} of {args.resize} pixels"
 
 
+def print_table(results, how):
+    """The protocol, and a line of accuracies for each result."""
+    names = list(next(iter(results.values())))
+    width = max(map(len, results))
+    print(f"{how}, in %:")
+    print(" " * width, *[f"{name:>15}" for name in names])
+    for row, values in results.items():
+        print(f"{row:{width}}", *[f"{values[name]:15.2f}" for name in names])
+
+
 def main(args):
     net = load_backbone(args)
     device = common.start(args, __file__)
+    net = common.prepare(net, device).eval().requires_grad_(False)
+    if args.mode == "features":
+        return embed(args, net, device)
     train, test = open_labelled(args, device)
     plans = [plan(args, mode, train, test) for mode in args.mode.split(",")]
-    net = common.prepare(net, device).eval().requires_grad_(False)
     common.resume(args, {})  # makes the directory
 
     records = ""
@@ -544,12 +585,9 @@ def main(args):
         how = protocol(mode_args, data)
         record = dict(results=results, protocol=how, grid=grid, args=vars(mode_args))
         records += json.dumps(record) + "\n"
-        if common.rank() > 0:
-            continue
-        Path(args.out, "results.jsonl").write_text(records)
-        for name, values in results.items():
-            shown = ", ".join(f"{key} {value:.2f} %" for key, value in values.items())
-            print(f"{shown}: {name}; {how}")
+        if common.rank() == 0:
+            Path(args.out, "results.jsonl").write_text(records)
+            print_table(results, how)
     common.leave_ranks()
 
 

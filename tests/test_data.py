@@ -1,14 +1,20 @@
 """Images of folders as people have them, of torchvision's data sets, and those that are drawn."""
 
+import multiprocessing
 import os
 import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import zipfile
 from pathlib import Path
 
 import numpy
 import pytest
 import torch
 import torchvision
-from conftest import TINY, make_folder, read_log, train
+from conftest import FORKSERVER, TINY, exit_code, launch, make_folder, read_log, train
 from PIL import Image
 
 import common
@@ -55,6 +61,155 @@ def test_links_are_followed_and_names_may_be_odd(tmp_path):
     labels = dict(zip(names, images.labels.tolist(), strict=True))
     assert labels == {**dict.fromkeys(odd, 0), "x.jpg": 1, "link.jpg": -1}
     assert all(images.read(i).shape == (3, 24, 20) for i in range(8))
+
+
+def test_each_directory_is_listed_once_wherever_links_lead(tmp_path):
+    write(tmp_path, "train/a/x.jpg", "train/b/deep/y.jpg", "train/b/._y.jpg", "train/.h/z.jpg")
+    (tmp_path / "train/a/up").symlink_to("..")  # an endless path
+    (tmp_path / "train/a/aside").symlink_to("../b")  # whose images are of class b
+    (tmp_path / "train/c").symlink_to("a")
+    images = common.list_folder(tmp_path / "train")
+    names = [os.path.relpath(images.name(i), tmp_path) for i in range(len(images))]
+    assert names == ["train/a/x.jpg", "train/b/deep/y.jpg"] and images.classes == ["a", "b"]
+
+
+def make_zip(path, root, *prefixes, method=zipfile.ZIP_STORED):
+    """A zip of a folder, its names below a prefix for each of its entries."""
+    with open(path, "wb") as file, zipfile.ZipFile(file, "w", method) as archive:
+        for name in sorted(Path(root).rglob("*"), reverse=True):
+            for prefix in prefixes:
+                archive.write(name, f"{prefix}{name.relative_to(root)}")
+
+
+@pytest.mark.parametrize("layout", ["stored", "deflated", "deep", "two", "two, flat", "large"])
+def test_a_zip_is_the_folder_it_was_made_from(layout, big_folder, tmp_path):
+    path = tmp_path / "images.zip"
+    root = shutil.copytree(big_folder, tmp_path / "images")
+    write(root, "train/b/\u00e9\u4e2d.jpg", "train/c/x.jpg")
+    if layout == "stored":
+        subprocess.run(["zip", "-0", "-qr", path, "train", "val"], cwd=root, check=True)
+    elif layout == "deflated":
+        make_zip(path, root, "", method=zipfile.ZIP_DEFLATED)
+    elif layout == "deep":
+        make_zip(path, root, "sets/of images/", "sets/of images/more/train/", "__MACOSX/._", ".hidden/")
+    elif layout == "large":  # offsets above 4 GiB, in a file that has a hole
+        with open(path, "wb") as file:
+            file.seek(5 << 30)
+            with zipfile.ZipFile(file, "w") as archive:
+                for name in root.rglob("*.jpg"):
+                    with archive.open(str(name.relative_to(root)), "w", force_zip64=True) as member:
+                        member.write(name.read_bytes())
+    else:
+        for part in ("train", "val"):
+            path = tmp_path / part
+            make_zip(f"{path}.zip", root / part, "" if "flat" in layout else f"{part}/")
+        path = tmp_path / "zips"
+        path.mkdir()
+        for part in ("train", "val"):
+            (tmp_path / f"{part}.zip").rename(path / f"{part}.zip")
+    opened = len(os.listdir("/proc/self/fd"))
+    for images, expected in zip(common.open_folder(path), common.open_folder(root), strict=True):
+        assert images.key == expected.key and images.classes == expected.classes
+        assert torch.equal(images.labels, expected.labels)
+        names = [os.path.basename(images.name(i)) for i in range(len(images))]
+        assert names == [os.path.basename(expected.name(i)) for i in range(len(images))]
+        assert all(torch.equal(images.read(i), expected.read(i)) for i in range(len(images)))
+    assert len(os.listdir("/proc/self/fd")) - opened <= 1 + ("two" in layout)
+
+
+def test_a_run_on_a_zip_has_the_losses_of_the_folder(big_folder, tmp_path, capsys):
+    make_zip(tmp_path / "images.zip", big_folder, "")
+    flags = ["--epochs=1", "--workers=1", "--out"]
+    assert train(*flags, tmp_path / "files", "--data", big_folder) == 0
+    assert train(*flags, tmp_path / "zip", "--data", tmp_path / "images.zip") == 0
+    losses = [[record.get("loss") for record in read_log(tmp_path / out)] for out in ("files", "zip")]
+    assert len(losses[0]) == 4 and losses[0] == losses[1]
+
+
+def test_a_damaged_member_is_an_unreadable_image(folder, tmp_path, capsys):
+    make_zip(tmp_path / "images.zip", folder, "")
+    images, _ = common.open_folder(tmp_path / "images.zip")
+    content = bytearray((tmp_path / "images.zip").read_bytes())
+    content[int(images.data[1]["offset"]) + 400] ^= 1  # which Pillow would not notice
+    (tmp_path / "images.zip").write_bytes(content)
+    images.unreadable_limit = 1
+    assert images.read(0) is not None and images.read(1) is None
+    images.report([1])
+    assert "unreadable, skipped: 'train/a/001.jpg'" in capsys.readouterr().err
+
+
+ARCHIVES = {  # a name, how it is made in a shell, and what the error says
+    "x.zip": ("echo damaged > x.zip", "x.zip cannot be read as a zip: File is not a zip file"),
+    "lzma.zip": ("python -m zipfile -c lzma.zip train", "a/x.jpg is compressed by method 14, use zip -0"),
+    "key.zip": ("zip -qr -P secret key.zip train", "is encrypted"),
+    "x.tar": ("tar -cf x.tar train", "Mount it, by ratarmount, or make it a zip"),
+    "shards": ("mkdir shards && tar -czf shards/0.tar.gz train", "shards/0.tar.gz: a tar has no directory"),
+}
+
+
+@pytest.mark.parametrize("name", ARCHIVES)
+def test_other_archives_are_refused_with_a_sentence(name, tmp_path, monkeypatch, capsys):
+    command, sentence = ARCHIVES[name]
+    write(tmp_path, "train/a/x.jpg")
+    monkeypatch.chdir(tmp_path)
+    if name == "lzma.zip":
+        make_zip(name, "train", "train/", method=zipfile.ZIP_LZMA)
+    else:
+        subprocess.run(command, shell=True, check=True)
+    assert exit_code(lambda: common.open_folder(Path(name))) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_the_command_that_makes_a_tar_a_zip_runs(tmp_path, monkeypatch, capsys):
+    write(tmp_path, "in/train/a/x.jpg", "in/train/b/x.jpg", "in/val/b/x.jpg")
+    monkeypatch.chdir(tmp_path)
+    subprocess.run("tar -cf images.tar -C in .", shell=True, check=True)
+    assert exit_code(lambda: common.open_folder(Path("images.tar"))) == 2
+    command = capsys.readouterr().err.partition("python -c")[2]
+    subprocess.run(f"{sys.executable} -c {command}", shell=True, check=True)
+    images, test = common.open_folder(tmp_path / "images.zip")
+    assert images.classes == ["a", "b"] and test.labels.tolist() == [1]
+
+
+def test_a_folder_named_as_a_data_set_is_mentioned(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cifar10").mkdir()
+    (tmp_path / "data").touch()
+    assert exit_code(lambda: open_data("--data=cifar10")) == 2
+    assert "or --data ./cifar10 for the folder of that name" in capsys.readouterr().err
+
+
+def lose_a_worker(signum, errors, *flags):
+    """In a process of its own: torch is told of lost workers at once in the first run of a process alone."""
+    multiprocessing.set_start_method("fork", force=True)
+    common.Crops.cut = lambda *_: os.kill(os.getpid(), signum)
+    with open(errors, "w") as file:
+        os.dup2(file.fileno(), 2)
+        sys.stderr = file
+        raise SystemExit(launch("music.py", *TINY, "--workers=1", *flags))
+
+
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGBUS])
+def test_a_killed_worker_ends_the_run_with_a_sentence(signum, big_folder, tmp_path):
+    flags = [tmp_path / "errors", "--data", big_folder, "--out", tmp_path / "out"]
+    process = FORKSERVER.Process(target=lose_a_worker, args=(signum, *flags))
+    process.start()
+    process.join(200)
+    message = (tmp_path / "errors").read_text().partition("music.py: error: ")[2]
+    assert "lost (DataLoader worker" in message and "--workers 0, or docker run --shm-size" in message
+    assert process.exitcode == 2
+
+
+@pytest.mark.parametrize(
+    "code, text",
+    [
+        (2, "unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)"),
+        (2, "DataLoader timed out after 300 seconds"),
+        (0, "Caught RuntimeError in DataLoader worker process 0.\nRuntimeError: size mismatch"),
+    ],
+)
+def test_only_errors_of_a_lost_worker_become_a_sentence(code, text):
+    assert exit_code(lambda: common.refuse_lost_worker(RuntimeError(text))) == code
 
 
 COLOURS = {"L": 153, "LA": (153, 9), "CMYK": (0, 0, 0, 102), "I;16": 39423, "I;16B": 39423}  # 153 in 8 bits

@@ -7,6 +7,7 @@ import signal
 import textwrap
 from unittest.mock import Mock
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -100,35 +101,6 @@ def test_other_test_labels_change_the_accuracy_but_not_what_is_chosen(tmp_path, 
     assert {len(call.args[0]) for call in ev.fit_logistic.call_args_list} == {44, 48}  # the others, and all
 
 
-NET, OTHER = common.resnet("resnet34", "cifar")[0], common.resnet("resnet18")[0]
-CHILDREN = torch.nn.Sequential(*NET.children())
-LAYOUTS = {  # where in a file, under which prefix, are the published weights; and others
-    "torchvision": "/",
-    "moco": "state_dict/module.encoder_q. state_dict/module.encoder_k.",
-    "moco v3": "state_dict/module.base_encoder. state_dict/module.momentum_encoder.",
-    "dino": "teacher/backbone. student/module.backbone.",
-    "corinfomax": "model_state_dict/backbone.",
-    "lightly": "state_dict/backbone.",
-    "lightly, alone": "/",
-    "our checkpoint": "average/ online/backbone.",
-}
-
-
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_the_published_resnet_is_found_in_a_checkpoint(name, tmp_path):
-    published = CHILDREN if "lightly" in name else NET
-    content = {"args": argparse.Namespace(lr=0.1), "student": {0: "text"}, "fc.weight": torch.zeros(3)}
-    for net, layout in zip((published, OTHER), LAYOUTS[name].split(), strict=False):
-        part, prefix = layout.split("/")
-        net.state_dict(destination=content.setdefault(part, {}) if part else content, prefix=prefix)
-    content.pop("bn1.num_batches_tracked", None)  # as in old files
-    torch.save(content, tmp_path / "file", _use_new_zipfile_serialization=name != "moco")
-    (tmp_path / "args.json").write_text('{"size": 64}')
-    args = ev.get_args(["--backbone", f"{tmp_path}/file"])
-    assert same(ev.load_backbone(args).state_dict(), NET.state_dict())
-    assert (args.arch, args.stem, args.size) == ("resnet34", "cifar", 64)
-
-
 @pytest.mark.parametrize("mode", ["crops", "finetune"])
 def test_an_interrupted_evaluation_ends_bit_for_bit_as_one_that_was_not(mode, tmp_path, folder):
     flags = f"--mode {mode} --ema 0.9"
@@ -156,6 +128,62 @@ def test_features_are_kept_until_images_change(tmp_path, folder, monkeypatch, ca
         (data / old).rename(data / new)
     with pytest.raises(TypeError):  # they would be made again
         evaluate("--mode knn", data, tmp_path / "3")
+
+
+@pytest.mark.parametrize("source", ["big", "big.zip", "small"])
+def test_features_of_unlabelled_images_are_written_with_their_names(
+    source, tmp_path, monkeypatch, folder, big_folder, capsys
+):
+    root = shutil.copytree(folder if source == "small" else big_folder, tmp_path / "images")
+    monkeypatch.chdir(root)
+    if source != "small":  # of small images there is no other size than that of all
+        for name in ("train/a/003.jpg", "val/b/000.jpg"):
+            (root / name).write_bytes(b"damaged")
+        (root / "train/a/odd\nname.jpg").write_bytes((root / "train/a/000.jpg").read_bytes())
+    if source == "big.zip":
+        shutil.make_archive(tmp_path / "images", "zip", root)
+    monkeypatch.setattr(ev, "PART", 7)
+    data, out = tmp_path / ("images.zip" if "zip" in source else "images"), tmp_path / "out"
+    assert evaluate("--mode features", data, out) == 0
+    features = numpy.load(out / "features.npy")
+    names = (out / "names.txt").read_text().splitlines()
+    kept = [name for name in sorted(common.image_names(root)) if (root / name).stat().st_size > 7]
+    prefix = "" if "zip" in source else f"{root}/"
+    assert names == [prefix + name.replace("\n", "\\n") for name in kept]
+    assert features.shape == (len(kept), 512) and features.dtype == numpy.float32
+    net = ev.load_backbone(ev.get_args(EVALUATION)).eval()
+    size = 20 if source == "small" else 224
+    view = common.View(size=size, resize=size * 8 // 7)
+    for row in (0, len(kept) // 2, len(kept) - 1):
+        pixels = common.decode(root / kept[row])[None]
+        x = common.make_view(pixels, None, view, None, True)
+        with torch.no_grad():
+            torch.testing.assert_close(net(x)[0].numpy(), features[row], rtol=0, atol=2e-2)
+    assert (out / "neighbours.png").exists() and not list(out.glob("*.tmp"))
+    assert capsys.readouterr().err.count("unreadable") == (0 if source == "small" else 2)
+
+
+def test_two_ranks_write_the_features_that_one_writes(tmp_path, big_folder, on_ranks):
+    root = shutil.copytree(big_folder / "val", tmp_path / "images")
+    (root / "b/003.jpg").write_bytes(b"damaged")  # on the second rank
+    one, two = tmp_path / "1", tmp_path / "2"
+    assert evaluate("--mode features --size 32", root, one) == 0
+    assert on_ranks(evaluate, 2, "--mode features --size 32", root, two) == [0, 0]
+    assert (one / "names.txt").read_text() == (two / "names.txt").read_text()
+    features = [numpy.load(out / "features.npy") for out in (one, two)]
+    assert len(features[0]) == 39
+    numpy.testing.assert_allclose(*features, rtol=0, atol=1e-4)
+
+
+def test_the_protocol_is_printed_once_above_a_table(capsys):
+    ev.print_table({"k = 10": dict(top1=9.5, top5=50.0), "k = 200": dict(top1=10.25, top5=51.0)}, "kNN")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines] == [
+        ["kNN,", "in", "%:"],
+        ["top1", "top5"],
+        ["k", "=", "10", "9.50", "50.00"],
+        ["k", "=", "200", "10.25", "51.00"],
+    ]
 
 
 def test_data_sets_of_torchvision_are_read_by_their_public_interface_and_in_part(tmp_path):
