@@ -604,20 +604,16 @@ def open_dense(args):
             )
         classes = highest + 1
         print(f"{args.data}: {classes} classes, as in the training masks", file=sys.stderr)
-        train.classes = [str(label) for label in range(classes)]
+        train.classes = test.classes = [str(label) for label in range(classes)]
     return train, test
 
 
 def draw_mosaics(n, split):
-    """n images of 64 pixels, each of four built-in patterns, which meet at a random place."""
+    """n images of 64 pixels, each of four of the built-in images, with their kinds as classes."""
     patterns = common.draw_patterns(4 * n, split)
     tiles = patterns.data.unflatten(0, (n, 2, 2))  # (n, 2, 2, 3, 32, 32)
     images = tiles.permute(0, 3, 1, 4, 2, 5).reshape(n, 3, 64, 64)
     masks = patterns.labels.byte().view(n, 2, 2).repeat_interleave(32, 1).repeat_interleave(32, 2)
-    shifts = 64 * common.uniform(0, split, torch.arange(n)[:, None], torch.tensor([8, 9]))
-    for i, shift in enumerate(shifts.long().tolist()):
-        images[i] = images[i].roll(shift, (1, 2))
-        masks[i] = masks[i].roll(shift, (0, 1))
     images = common.Images(images, torch.zeros(n), patterns.classes, f"mosaics {split}")
     return DenseImages(images, masks.numpy(), "segment")
 
