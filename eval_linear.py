@@ -73,8 +73,7 @@ RECIPES = {  # of the official code; rates there are absolute, but for SSL-HSIC
     "sfrik-10": "--mode finetune --labels 10 --absolute --lr-head 0.1 --lr-backbone 0.02",
 }
 GRID = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0]  # x 3 decays
-DENSE = ("segment", "depth")  # modes that predict a value for each pixel
-DENSE_DEFAULTS = dict(lr=[0.1], wd=[1e-4], lr_backbone=0.0, batch_size=16, absolute=True)
+DENSE = {"segment": 0.1, "depth": 0.01}  # modes that predict a value for each pixel, and their --lr
 
 
 def get_args(argv):
@@ -100,7 +99,7 @@ def get_args(argv):
     add("--epochs", type=count, help="(default: 100 in crops, else 20)")
     add("--batch-size", type=count, default=256, help="images a step over all ranks (16 in segment, depth)")
     add("--lr", type=rate, nargs="+", default=GRID, help="peak rates of the probes' heads (0.1 in "
-        "segment and depth)")
+        "segment, 0.01 in depth)")
     add("--wd", type=rate, nargs="+", default=[0.0, 1e-6, 1e-4], help="decays: each with every "
         "--lr (1e-4 in segment and depth)")
     add("--lr-head", type=rate, default=0.1, help="peak rate of the classifier, in finetune")
@@ -118,7 +117,8 @@ def get_args(argv):
     parser.set_defaults(subset=0, compile=False)
     given, _ = parser.parse_known_args(argv)
     if given.mode in DENSE:
-        parser.set_defaults(**DENSE_DEFAULTS)
+        rates = dict(lr=[DENSE[given.mode]], wd=[1e-4], lr_backbone=0.0, absolute=True)
+        parser.set_defaults(**rates, batch_size=16)
     args = parser.parse_args(RECIPES.get(given.recipe, "").split() + argv)
     if set(args.mode.split(",")) - set(MODES):
         fail(f"--mode {args.mode}: choose from {', '.join(MODES)}")
@@ -609,11 +609,13 @@ def open_dense(args):
 
 
 def draw_mosaics(n, split):
-    """n images of 64 pixels, each of four of the built-in images, with their kinds as classes."""
+    """n images of 64 pixels, of two kinds of built-in images side by side or one above the other."""
     patterns = common.draw_patterns(4 * n, split)
-    tiles = patterns.data.unflatten(0, (n, 2, 2))  # (n, 2, 2, 3, 32, 32)
-    images = tiles.permute(0, 3, 1, 4, 2, 5).reshape(n, 3, 64, 64)
-    masks = patterns.labels.byte().view(n, 2, 2).repeat_interleave(32, 1).repeat_interleave(32, 2)
+    pairs = patterns.labels.argsort().view(2 * n, 2)  # of one kind
+    tiles = pairs[common.uniform(0, split, torch.arange(2 * n), 8).argsort()].view(n, 2, 2)
+    tiles[1::2] = tiles[1::2].mT.clone()
+    images = patterns.data[tiles].permute(0, 3, 1, 4, 2, 5).reshape(n, 3, 64, 64)
+    masks = patterns.labels[tiles].byte().repeat_interleave(32, 1).repeat_interleave(32, 2)
     images = common.Images(images, torch.zeros(n), patterns.classes, f"mosaics {split}")
     return DenseImages(images, masks.numpy(), "segment")
 
