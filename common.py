@@ -326,7 +326,7 @@ def solarise(x, u, p):
     return torch.where((u < p) & (x >= 128 / 255), 1 - x, x)
 
 
-def normalise(x, mean, deviation):
+def standardise(x, mean, deviation):
     """Subtract the mean and divide by the deviation of each channel, channels last in memory."""
     return ((x - mean) / deviation).contiguous(memory_format=torch.channels_last)
 
@@ -384,6 +384,13 @@ def augment(x, u, view, order, run=eager):
     if view.solarise_p:
         x = run(solarise)(x, inverted, view.solarise_p)
     return x
+
+
+def normalise(x, run=eager):
+    """Standardise by the means and deviations of ImageNet."""
+    mean = constant((0.485, 0.456, 0.406), x.device)
+    deviation = constant((0.229, 0.224, 0.225), x.device)
+    return run(standardise)(x, mean, deviation)
 
 
 # --------------------------------------------------------------------------------------------------- data
@@ -829,11 +836,9 @@ def make_view(x, u, view, order, whole, run=eager):
         x = centre(x, view)
     else:
         x = x.contiguous().float() / 255  # not channels last, which augment is slower with
-    mean = constant((0.485, 0.456, 0.406), x.device)
-    deviation = constant((0.229, 0.224, 0.225), x.device)
     if not view.area:  # for evaluation
-        return normalise(x, mean, deviation)
-    return run(normalise)(augment(x, u, view, order, run), mean, deviation)
+        return normalise(x)
+    return normalise(augment(x, u, view, order, run), run)
 
 
 def batches(train, args, device, start, stop):

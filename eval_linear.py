@@ -7,6 +7,9 @@
     ... --mode crops                a linear probe on random crops, as published
     ... --mode lbfgs                transfer: L2-regularised logistic regression on features of centre crops
     ... --mode finetune --labels 1  all weights, on 1 % of the labels (or 10, or a list of file names)
+    ... --mode segment              linear semantic segmentation, on built-in mosaics
+    ... --mode segment --data voc2012:/path --lr-backbone 0.003      fine-tuned, with the head of an FCN
+    ... --mode depth --data /nyu    linear depth estimation
     ... --recipe hsic-linear        a published protocol; any flag overrides it
     ... --backbone random --arch resnet18        the floor; --backbone torchvision: the supervised ceiling
 
@@ -16,8 +19,13 @@ once on the rest, and report the best head as it is (with one --lr and one --wd,
 out); lbfgs fits again, on all training images. crops and finetune report the last epoch, where the official
 code of CorInfoMax and SFRIK reports the epoch that is best on test images.
 
---out holds results.jsonl (a line a mode: numbers and the whole protocol), neighbours.png (of knn), and what
-the same command resumes from. Features are kept in features/ beside it.
+segment and depth take train/images/NAME.jpg with train/masks/NAME.png (8-bit class numbers, 255 does not
+count) or train/depth/NAME.png (16 bits, 0 does not count), and val/ likewise; segment also takes ADE20K as it
+is unpacked.
+
+--out holds results.jsonl (a line a mode: numbers and the whole protocol), neighbours.png (of knn),
+predictions.png (of segment and depth), and what the same command resumes from. Features
+are kept in features/ beside it.
 """
 
 import collections
@@ -27,14 +35,19 @@ import itertools
 import json
 import math
 import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy
 import torch
 import torch.nn.functional as F
 import torchvision
+from PIL import Image
 from torch import nn
-from torchvision import datasets
+from torchvision import datasets, tv_tensors
+from torchvision.models.segmentation.fcn import FCNHead
+from torchvision.transforms.v2 import functional as transforms
 from tqdm import tqdm
 
 import common
@@ -57,6 +70,7 @@ RECIPES = {  # of the official code; rates there are absolute, but for SSL-HSIC
     "sfrik-10": "--mode finetune --labels 10 --absolute --lr-head 0.1 --lr-backbone 0.02",
 }
 GRID = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0]  # x 3 decays
+DENSE = {"segment": 0.1, "depth": 0.01}  # modes that predict a value for each pixel, and their --lr
 
 
 def get_args(argv):
@@ -81,12 +95,17 @@ def get_args(argv):
     add = parser.add_argument_group("settings of some modes").add_argument
     add("--k", type=count, nargs="+", default=[10, 20, 100, 200], help="neighbours")
     add("--epochs", type=count, help="(default: 100 in crops, else 20)")
-    add("--batch-size", type=count, default=256, help="images a step over all ranks")
-    add("--lr", type=rate, nargs="+", default=GRID, help="peak rates of the probes' heads")
-    add("--wd", type=rate, nargs="+", default=[0.0, 1e-6, 1e-4], help="decays: each with every --lr")
+    add("--batch-size", type=count, default=256, help="images a step over all ranks (16 in segment, depth)")
+    add("--lr", type=rate, nargs="+", default=GRID, help="peak rates of the probes' heads (0.1 in "
+        "segment, 0.01 in depth)")
+    add("--wd", type=rate, nargs="+", default=[0.0, 1e-6, 1e-4], help="decays: each with every "
+        "--lr (1e-4 in segment and depth)")
     add("--lr-head", type=rate, default=0.1, help="peak rate of the classifier, in finetune")
-    add("--lr-backbone", type=rate, default=0.01, help="in finetune")
-    add("--absolute", action="store_true", help="rates are not multiplied with batch-size / 256")
+    add("--lr-backbone", type=rate, default=0.01, help="in finetune; of all weights in segment and "
+        "depth, where 0, the default, freezes them")
+    add("--depth-unit", type=number(float, 1e-6), default=1000.0, help="a metre in depth's PNGs")
+    add("--absolute", action="store_true", help="rates are not multiplied with batch-size / 256, "
+        "as never in segment and depth")
     add("--warmup-steps", type=number(int, 0), default=0, help="of linear warm-up; then a cosine")
     add("--last", type=rate, default=0.0, help="where the cosine ends, of the peak")
     add("--steps", type=count, nargs="+", help="epochs at which rates fall to a tenth (finetune's backbone "
@@ -94,17 +113,26 @@ def get_args(argv):
     add("--area", type=number(float, 0.01, 1), default=0.08, help="least area of a random crop")
     add("--ema", type=number(float, 0, 0.999999), default=0.0, help="momentum of an average of the heads")
     parser.set_defaults(subset=0, compile=False)
-    recipe = parser.parse_known_args(argv)[0].recipe
-    args = parser.parse_args(RECIPES.get(recipe, "").split() + argv)
+    given, _ = parser.parse_known_args(argv)
+    if given.mode in DENSE:
+        rates = dict(lr=[DENSE[given.mode]], wd=[1e-4], lr_backbone=0.0, absolute=True)
+        parser.set_defaults(**rates, batch_size=16)
+    args = parser.parse_args(RECIPES.get(given.recipe, "").split() + argv)
     # fmt: on
-    if args.mode != "features" and set(args.mode.split(",")) - set(MODES):
-        fail(f"--mode {args.mode}: choose from {', '.join(MODES)}, or features alone")
+    modes = args.mode.split(",")
+    for mode in modes:
+        if mode not in MODES and mode != "features":
+            fail(f"--mode {args.mode}: choose from {', '.join(MODES)}, features")
+        if mode in ("features", *DENSE) and len(modes) > 1:
+            fail(f"--mode {args.mode}: {mode} has data of its own, give it alone")
+    if args.mode in DENSE and args.labels:
+        fail(f"--labels {args.labels} is for labels of images, and --mode {args.mode} has labels of pixels")
     args.scale = 1.0 if args.absolute else args.batch_size / 256
     path = Path(args.backbone)
     if args.backbone in ("random", "torchvision"):
         path = Path("runs", f"{path}-{args.arch}")
     run = path.with_name("args.json")
-    if run.exists() and not args.size:
+    if run.exists() and not args.size and args.mode not in DENSE:
         args.size = json.loads(run.read_text()).get("size")
     data = Path((args.data or "patterns").partition(":")[0]).name
     name = f"eval-{path.stem}-{args.mode}-{data}"
@@ -223,10 +251,10 @@ def plan(args, mode, train, test):
     args.mode = mode
     args.out = f"{args.out}/{mode}"
     args.epochs = args.epochs or (100 if mode == "crops" else 20)
-    set_size(args, train)
+    set_size(args, train, 512 if mode in DENSE else 224)
     rows = torch.arange(len(train))
     held = rows[:0]
-    if mode == "lbfgs" or (mode in ("cached", "crops") and len(args.lr + args.wd) > 2):
+    if mode == "lbfgs" or (mode in ("cached", "crops", *DENSE) and len(args.lr + args.wd) > 2):
         held = stratified(train.labels, 0.1, args.seed, HELD_OUT)
         if not len(held):
             fail(f"a tenth of {len(train)} images leaves none to choose on: give one --lr and one --wd")
@@ -236,10 +264,10 @@ def plan(args, mode, train, test):
     return args, Data(train, test, fit, held)
 
 
-def set_size(args, images):
-    """Set args.size, by default that of small images or else 224, and args.resize, of the uncropped side."""
+def set_size(args, images, default=224):
+    """Set args.size, by default that of small images in memory, and args.resize, the side before a crop."""
     if not args.size:
-        args.size = min(images.data.shape[2:]) if images.in_memory else 224
+        args.size = min(images.data.shape[2:]) if images.in_memory else default
     args.resize = 96 if args.size == 96 else args.size * 8 // 7  # 96, STL-10's side, is left as it is
 
 
@@ -532,38 +560,443 @@ def write_neighbours(out, images, rows):
     write_sheet(out / "neighbours.png", images, rows[queries], images, rows[neighbours])
 
 
+# ------------------------------------------------------------------------------------------- dense tasks
+
+MEAN = (124, 116, 104)  # of ImageNet's colours, which the network sees as 0
+Checked = collections.namedtuple("Checked", "image_shape shape dtype highest counted")
+
+
+class DenseImages(common.Images):
+    """Images with a target, a class or a depth for each pixel. Class 255 and depth 0 do not count.
+
+    targets are paths of PNGs, or masks in memory (n, H, W). labels are all 0.
+    """
+
+    def __init__(self, images, targets, mode, depth_unit=1, first_class=0):
+        super().__init__(images.data, torch.zeros(len(images)), images.classes, images.key)
+        self.targets = targets
+        self.mode = mode
+        self.depth_unit = depth_unit
+        self.first_class = first_class  # ADE20K's is 1, and its 0 does not count
+        self.ignored = 0 if mode == "depth" else 255
+
+    def take(self, rows):
+        targets = [self.targets[row] for row in rows.tolist()]
+        return DenseImages(super().take(rows), targets, self.mode, self.depth_unit, self.first_class)
+
+    def read_target(self, i):
+        """An array (H, W): classes as uint8, or depths in metres as float32."""
+        if self.in_memory:
+            return self.targets[i]
+        with Image.open(self.targets[i]) as picture:
+            target = numpy.array(picture)
+        if self.mode == "depth":
+            return target.astype("float32") / numpy.float32(self.depth_unit)
+        return target - numpy.uint8(self.first_class)  # 0 - 1 is 255
+
+    def check(self, i):
+        """What there is to know about the target of image i; None where it cannot be read."""
+        try:
+            with Image.open(self.data[i]) as picture:
+                width, height = picture.size
+            target = self.read_target(i)
+        except Exception:  # Pillow raises many types
+            return None
+        counted = target[target != self.ignored]
+        return Checked((height, width), target.shape, target.dtype, counted.max(initial=0), counted.size)
+
+
+def open_dense(args):
+    """Training and test images with a class or a depth for each pixel."""
+    name, _, root = (args.data or "").partition(":")
+    folder = Path(args.data or ".")
+    if not args.data:
+        if args.mode == "depth":
+            fail("--mode depth needs --data: a folder with train/images, train/depth, val/images, val/depth")
+        return [draw_mosaics(1000, 2), draw_mosaics(200, 3)]
+    if name == "voc2012" and args.mode == "segment":
+        parts = [open_voc(root or "data", split) for split in ("train", "val")]
+    elif (folder / "annotations").is_dir() and args.mode == "segment":  # ADE20K
+        parts = []
+        for split in ("training", "validation"):
+            parts.append(list_pairs(args, folder / "images" / split, folder / "annotations" / split, 1))
+    else:
+        kind = "depth" if args.mode == "depth" else "masks"
+        parts = []
+        for split in ("train", "val"):
+            parts.append(list_pairs(args, folder / split / "images", folder / split / kind))
+    train, highest = check_targets(args, parts[0])
+    test, highest_of_test = check_targets(args, parts[1])
+    if args.mode == "segment":
+        if highest_of_test > highest:
+            fail(
+                f"--data {args.data}: test masks have class {highest_of_test}, training masks 0 to {highest}"
+            )
+        classes = highest + 1
+        print(f"{args.data}: {classes} classes, as in the training masks", file=sys.stderr)
+        train.classes = test.classes = [str(label) for label in range(classes)]
+    return train, test
+
+
+def draw_mosaics(n, split):
+    """n images of 64 pixels, of two kinds of built-in images side by side or one above the other."""
+    patterns = common.draw_patterns(4 * n, split)
+    pairs = patterns.labels.argsort().view(2 * n, 2)  # of one kind
+    tiles = pairs[common.uniform(0, split, torch.arange(2 * n), 8).argsort()].view(n, 2, 2)
+    tiles[1::2] = tiles[1::2].mT.clone()
+    images = patterns.data[tiles].permute(0, 3, 1, 4, 2, 5).reshape(n, 3, 64, 64)
+    masks = patterns.labels[tiles].byte().repeat_interleave(32, 1).repeat_interleave(32, 2)
+    images = common.Images(images, torch.zeros(n), patterns.classes, f"mosaics {split}")
+    return DenseImages(images, masks.numpy(), "segment")
+
+
+def open_voc(root, split):
+    """A split of PASCAL VOC 2012, downloaded where it is missing."""
+    try:
+        missing = not Path(root, "VOCdevkit/VOC2012").is_dir()
+        voc = datasets.VOCSegmentation(root, image_set=split, download=missing)
+    except Exception as error:  # no network, or a part of it is missing
+        fail(f"voc2012 is not in {root} and cannot be had ({error}): give --data voc2012:/where/it/lies")
+    paths = numpy.array([os.fsencode(path) for path in voc.images])
+    images = common.Images(paths, torch.zeros(len(paths)), [], f"voc2012 {split}")
+    return DenseImages(images, voc.masks, "segment")
+
+
+def list_pairs(args, folder, targets, first_class=0):
+    """The images of a folder with their targets, PNGs of the same names in another folder."""
+    if not folder.is_dir() or not targets.is_dir():
+        fail(f"--data {args.data}: there is no {folder}, or no {targets} (see --help for what it can be)")
+    images = common.list_folder(folder)
+    paths = []
+    for path in images.data:
+        name = Path(os.fsdecode(path)).relative_to(folder)
+        paths.append(targets / name.with_suffix(".png"))
+    return DenseImages(images, paths, args.mode, args.depth_unit, first_class)
+
+
+def check_targets(args, images):
+    """The images whose targets can be read, and the largest class; targets that do not fit are refused."""
+    with ThreadPoolExecutor(args.workers or 1) as pool:
+        checks = list(tqdm(pool.map(images.check, range(len(images))), "targets", len(images), delay=10))
+    rows = [row for row, check in enumerate(checks) if check]
+    missing = [path for path, check in zip(images.targets, checks, strict=True) if not check]
+    if missing:
+        text = f"{len(missing)} of {len(images)} images have no target that can be read, such as {missing[0]}"
+        if len(missing) > 0.01 * len(images):
+            fail(f"--data {args.data}: {text}; more than 1 % stops the run")
+        print(f"left out: {text}", file=sys.stderr)
+    for row in rows:
+        check = checks[row]
+        if check.shape != check.image_shape or (images.mode == "segment" and check.dtype != "uint8"):
+            fail(
+                f"{images.targets[row]} is of shape {check.shape} and {check.dtype}, its image of shape "
+                f"{check.image_shape}: give 8-bit masks or 16-bit depths of the size of the image"
+            )
+    if not sum(checks[row].counted for row in rows):
+        fail(f"--data {args.data}: no pixel of {images.targets[0].parent} counts, all are {images.ignored}")
+    return images.take(torch.tensor(rows)), max(int(checks[row].highest) for row in rows)
+
+
+class DenseCrops(torch.utils.data.Dataset):
+    """What a worker does: an image and its target are read, and cropped alike."""
+
+    def __init__(self, images, args):
+        self.images = images
+        self.args = args
+
+    def __getitem__(self, place):
+        """(image, target, whether the image can be read) of (epoch, row); whole where epoch is None."""
+        epoch, row = place
+        image = self.images.read(row)
+        target = torch.from_numpy(self.images.read_target(row))
+        readable = image is not None
+        if not readable:  # its pixels do not count
+            image = torch.zeros(3, *target.shape, dtype=torch.uint8)
+            target = torch.full_like(target, self.images.ignored)
+        if epoch is not None:
+            draws = common.uniform(self.args.seed, epoch, row, torch.arange(4)).tolist()
+            image, target = self.crop(tv_tensors.Image(image), tv_tensors.Mask(target), *draws)
+        return image, target, readable
+
+    def crop(self, image, target, zoom, down, right, flip):
+        """A square of an image enlarged by 0.5 to 2, and of its target; flipped in half of all cases."""
+        size = self.args.size
+        scale = 0.5 + 1.5 * zoom
+        side = max(1, round(size / scale))
+        height, width = target.shape
+        missing = [0, 0, max(0, side - width), max(0, side - height)]
+        image = transforms.pad(image, missing, fill=MEAN)
+        target = transforms.pad(target, missing, fill=self.images.ignored)
+        top = int(down * (max(height, side) - side + 1))
+        left = int(right * (max(width, side) - side + 1))
+        image = transforms.resized_crop(image, top, left, side, side, [size, size])
+        target = transforms.resized_crop(target, top, left, side, side, [size, size])
+        if flip < 0.5:
+            image = transforms.horizontal_flip(image)
+            target = transforms.horizontal_flip(target)
+        if self.images.mode == "depth":  # an enlarged image is one taken from nearer (Eigen et al., 2014)
+            target = target / scale
+        return image, target
+
+
+def dense_loader(images, args, device, **places):
+    """Batches of DenseCrops, which workers make."""
+    return torch.utils.data.DataLoader(
+        DenseCrops(images, args),
+        num_workers=args.workers,
+        worker_init_fn=common.ignore_signals,
+        pin_memory=device.type == "cuda",
+        timeout=300 if args.workers else 0,
+        **places,
+    )
+
+
+def dense_batches(args, data, device, start, total):
+    """Yields (step, x (n, 3, S, S), targets (n, S, S)), random crops, of the steps start .. total - 1."""
+    order, ahead = itertools.tee(common.epoch_order(len(data.fit), args, start, total))
+    batches = ([(epoch, row) for row in data.fit[index].tolist()] for _, epoch, index in ahead)
+    loader = dense_loader(data.train, args, device, batch_sampler=batches)
+    for (step, _, index), (x, target, readable) in zip(order, loader, strict=False):
+        data.train.report(data.fit[index][~readable].tolist())
+        x = x.to(device, non_blocking=True)
+        yield step, common.normalise(x / 255), target.to(device, non_blocking=True)
+
+
+def output_stride(net, args):
+    """Pixels of the image for each place of the last map: 32 where it is not 8 and cannot be made 8."""
+    basic_blocks = not hasattr(net.layer4[0], "conv3")
+    return 32 if args.stem == "imagenet" and basic_blocks else 8
+
+
+def dense_network(args, net, channels):
+    """The backbone up to its last map, and BN and a 1 x 1 convolution, or with --lr-backbone an FCN's head.
+
+    Bottlenecks get output stride 8: in stages 3 and 4, convolutions are dilated instead of strided.
+    torchvision's basic blocks cannot be dilated. With the CIFAR stem it is 8 without.
+    """
+    if args.stem == "imagenet" and args.output_stride == 8:
+        strides = dict(replace_stride_with_dilation=[False, True, True], norm_layer=common.BatchNorm)
+        dilated = torchvision.models.get_model(args.arch, **strides)
+        dilated.fc = nn.Identity()
+        dilated.load_state_dict(net.state_dict())
+        net = dilated
+    torch.manual_seed(args.seed)
+    if args.lr_backbone:
+        head = FCNHead(net.inplanes, channels)
+        head[1] = common.BatchNorm(net.inplanes // 4)
+        head[3] = nn.Identity()  # dropout would depend on the number of ranks and on interruptions
+    else:
+        head = nn.Sequential(common.BatchNorm(net.inplanes), nn.Conv2d(net.inplanes, channels, 1))
+    stages = collections.OrderedDict(list(net.named_children())[:-2])  # not the pooling, nor the classifier
+    backbone = copy.deepcopy(nn.Sequential(stages)).requires_grad_(args.lr_backbone > 0)
+    return nn.Sequential(collections.OrderedDict(backbone=backbone, classifier=head))
+
+
+def dense_loss(scores, target, args):
+    """The mean over pixels of all ranks that count: cross-entropy, or the absolute error of the log depth."""
+    scores = F.interpolate(scores.float(), target.shape[1:], mode="bilinear")
+    if args.mode == "segment":
+        counted = target != 255
+        error = F.cross_entropy(scores, target.long(), ignore_index=255, reduction="sum")
+    else:
+        counted = target > 0
+        errors = (scores[:, 0] - target.clamp(min=1e-6).log()).abs()
+        error = torch.where(counted, errors, 0).sum()
+    total, count = common.all_reduce(torch.stack([error, counted.sum().float()]))
+    return total / count.clamp(min=1)
+
+
+def train_dense(args, net, data, device, lr, wd):
+    """SGD of the head, and with --lr-backbone of all weights; the network, from images to maps of scores."""
+    channels = 1 if args.mode == "depth" else len(data.train.classes)
+    online = common.prepare(dense_network(args, net, channels), device)
+    online.backbone.train(args.lr_backbone > 0)
+    model = common.parallel(online, args, device)
+    groups = [
+        dict(params=online.classifier.parameters(), peak=lr, fall=0.1),
+        dict(params=online.backbone.parameters(), peak=args.lr_backbone, fall=0.2),
+    ]
+    optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=wd)
+    state = dict(data=data.train, online=online, optimizer=optimizer)
+    total = args.epochs * (len(data.fit) // args.batch_size)
+    start = common.resume(args, state)
+    log = common.Log(args, start, total)
+    signals = common.Signals(args)
+
+    for step, x, target in log.watch(dense_batches(args, data, device, start, total)):
+        for group in optimizer.param_groups:
+            group["lr"] = args.scale * group["peak"] * schedule(args, step, total, group["fall"])
+        with common.autocast(args, device):
+            scores = model(x)
+        loss = dense_loss(scores, target, args)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+        done = step + 1
+        if log.due(done):
+            log(done, {}, loss=loss)
+        stop, save = signals.agree()
+        if stop or save or done == total:
+            common.save(args, done, state, online, loss, {}, "model.pth")
+        if stop and done < total:
+            signals.leave()
+
+    log.close()
+    signals.restore()
+    return online.eval()
+
+
+@torch.no_grad()
+def predict(online, image, shape, args, device):
+    """Scores (C, H, W) of classes, or of the log depth, for one image, at the size of its target."""
+    x = common.normalise(image[None].to(device) / 255)
+    with common.autocast(args, device):
+        scores = online(x)
+    return F.interpolate(scores.float(), shape, mode="bilinear")[0]
+
+
+def confusion(scores, target):
+    """Numbers (C + 1, C) of pixels of each true and predicted class; those in the last row do not count."""
+    classes = len(scores)
+    index = target.long().clamp(max=classes) * classes + scores.argmax(0)
+    return index.flatten().bincount(minlength=(classes + 1) * classes).view(classes + 1, classes)
+
+
+def depth_errors(scores, target):
+    """Of the pixels that count: how many, within 1.25, 1.25^2, 1.25^3; sums of relative, squared errors."""
+    counted = target > 0
+    true = target[counted].double()
+    predicted = scores[0][counted].double().exp()
+    ratio = torch.maximum(predicted / true, true / predicted)
+    error = (predicted - true).abs()
+    terms = [ratio > 0, ratio < 1.25, ratio < 1.25**2, ratio < 1.25**3, error / true, error**2]
+    return torch.stack([term.double().sum() for term in terms])
+
+
+def metrics_of(sums, classes):
+    """In %, but rms in metres, from the sum over images of confusion or of depth_errors."""
+    if sums.ndim == 1:
+        *shares, square = (sums[1:] / sums[0]).tolist()
+        values = dict(zip(["delta1", "delta2", "delta3", "rel"], shares, strict=True))
+        return {**{name: 100 * value for name, value in values.items()}, "rms": math.sqrt(square)}
+    counts = sums[:-1].double()
+    hits = counts.diag()
+    union = counts.sum(0) + counts.sum(1) - hits
+    iou = {}
+    for label in (union > 0).nonzero()[:, 0].tolist():  # classes that are in labels or predictions
+        iou[classes[label]] = 100 * float(hits[label] / union[label])
+    accuracy = 100 * float(hits.sum() / counts.sum())
+    return dict(miou=sum(iou.values()) / len(iou), pixel_accuracy=accuracy, iou=iou)
+
+
+def measure(online, images, rows, args, device):
+    """Metrics over all pixels of some images, which are predicted whole, and divided among the ranks."""
+    rows = rows[common.rank() :: common.world()].tolist()
+    places = [(None, row) for row in rows]
+    if args.mode == "depth":
+        count = depth_errors
+        sums = torch.zeros(6, dtype=torch.float64, device=device)
+    else:
+        count = confusion
+        classes = len(images.classes)
+        sums = torch.zeros(classes + 1, classes, dtype=torch.int64, device=device)
+    loader = dense_loader(images, args, device, batch_size=None, sampler=places)
+    for row, (image, target, readable) in zip(rows, loader, strict=True):
+        if not readable:
+            images.report([row])
+        sums += count(predict(online, image, target.shape, args, device), target.to(device))
+    return metrics_of(common.all_reduce(sums), images.classes)
+
+
+def write_predictions(path, online, images, args, device):
+    """A picture of eight test images, each with its target and the prediction; in depths, near is bright."""
+    hues = math.tau * 0.618 * torch.arange(256)[:, None] + torch.tensor([0, 2.1, 4.2])
+    colours = (0.5 + 0.5 * hues.cos()) * (1 - 0.25 * (torch.arange(256) % 3))[:, None]
+    colours[255] = 1
+    tiles = []
+    for row in common.evenly(torch.arange(len(images)), 8).tolist():
+        image, target, _ = DenseCrops(images, args)[None, row]
+        scores = predict(online, image, target.shape, args, device).cpu()
+        if args.mode == "depth":
+            low, high = torch.cat([scores.flatten(), target[target > 0].log()]).aminmax()
+            label = torch.where(target > 0, (high - target.log()) / (high - low), 0).expand(3, -1, -1)
+            prediction = ((high - scores) / (high - low)).expand(3, -1, -1)
+        else:
+            label = colours[target.long()].permute(2, 0, 1)
+            prediction = colours[scores.argmax(0)].permute(2, 0, 1)
+        for picture in (image / 255, label, prediction):
+            picture = transforms.resize(picture, None, transforms.InterpolationMode.NEAREST, max_size=256)
+            tiles.append(transforms.center_crop(picture, [256, 256]))
+    torchvision.utils.save_image(tiles, path, nrow=6, pad_value=1)
+
+
+def dense(args, net, data, device):
+    """Train with each rate and decay in turn; the best on held-out images is tested."""
+    args.output_stride = output_stride(net, args)
+    points = list(itertools.product(args.lr, args.wd))
+    networks = {}
+    grid = {}
+    for lr, wd in points:
+        name = f"lr {lr:g}, wd {wd:g}"
+        point = copy.copy(args)
+        if len(points) > 1:
+            point.out = f"{args.out}/{name}"
+        networks[name] = train_dense(point, net, data, device, lr, wd)
+        if len(data.held):
+            metrics = measure(networks[name], data.train, data.held, args, device)
+            grid[name] = metrics["delta1" if args.mode == "depth" else "miou"]
+    best = max(grid, key=grid.get, default=name)
+    metrics = measure(networks[best], data.test, torch.arange(len(data.test)), args, device)
+    if common.rank() == 0:
+        picture = Path(args.out).with_name("predictions.png")
+        write_predictions(picture, networks[best], data.test, args, device)
+    return {best: metrics}, grid
+
+
 # ---------------------------------------------------------------------------------------------- main
 
-MODES = dict(knn=knn, cached=train, crops=train, lbfgs=lbfgs, finetune=train)
+MODES = dict(knn=knn, cached=train, crops=train, lbfgs=lbfgs, finetune=train, segment=dense, depth=dense)
 SGD = (
     "SGD with momentum 0.9, {epochs} epochs of batch {batch_size}, rates x {scale:g}, "
-    "{warmup_steps} steps of warm-up, {rule}, heads averaged at {ema:g}"
+    "{warmup_steps} steps of warm-up, {rule}"
+)
+DENSE_SGD = (
+    f"{{head}} at output stride {{output_stride}}, on crops of {{size}} pixels at scales of 0.5 to 2, {SGD}"
 )
 PROTOCOLS = {
     "knn": "cosine kNN at temperature 0.07",
-    "cached": f"linear probe on features of centres, {SGD}",
-    "crops": f"linear probe on crops of {{area:.0%}} to 100% and flips, {SGD}",
+    "cached": f"linear probe on features of centres, {SGD}, heads averaged at {{ema:g}}",
+    "crops": f"linear probe on crops of {{area:.0%}} to 100% and flips, {SGD}, heads averaged at {{ema:g}}",
     "lbfgs": "logistic regression by L-BFGS on features of centres, fitted again on all training images",
     "finetune": f"fine-tuned on crops of {{area:.0%}} to 100% and flips, {SGD}, "
-    "backbone at {lr_backbone:g}, last epoch",
+    "heads averaged at {ema:g}, backbone at {lr_backbone:g}, last epoch",
+    "segment": f"linear segmentation, {DENSE_SGD}",
+    "depth": f"log depth by L1, {DENSE_SGD}",
 }
 
 
 def protocol(args, data):
     """How numbers were made, in a line for a caption."""
     rule = f"falling at epochs {args.steps}" if args.steps else f"cosine to {args.last:g}"
-    how = PROTOCOLS[args.mode].format(**vars(args), rule=rule)
+    head = "BN and a 1 x 1 convolution on the frozen backbone"
+    if args.lr_backbone:
+        head = f"all weights and an FCN head without dropout, the backbone at {args.lr_backbone:g},"
+    how = PROTOCOLS[args.mode].format(**vars(args), rule=rule, head=head)
     if len(data.held):
         how += f", chosen on {len(data.held)} held-out training images"
     images = f"{args.data or 'patterns'}: {len(data.train)} training, {len(data.test)} test images"
+    if args.mode in DENSE:
+        return f"{how}; {args.arch} of {args.weights}; {images}, tested whole"
     return f"{how}; {args.arch} of {args.weights}; {images}, centre {args.size} of {args.resize} pixels"
 
 
 def print_table(results, how):
-    """The protocol, and a line of accuracies for each result."""
-    names = list(next(iter(results.values())))
+    """The protocol, and a line of numbers for each result; the IoU of each class is in the record alone."""
+    names = [name for name in next(iter(results.values())) if name != "iou"]
     width = max(map(len, results))
-    print(f"{how}, in %:")
+    unit = "%, rms in m" if "rms" in names else "%"
+    print(f"{how}, in {unit}:")
     print(" " * width, *[f"{name:>15}" for name in names])
     for row, values in results.items():
         print(f"{row:{width}}", *[f"{values[name]:15.2f}" for name in names])
@@ -575,7 +1008,10 @@ def main(args):
     net = common.prepare(net, device).eval().requires_grad_(False)
     if args.mode == "features":
         return embed(args, net, device)
-    train, test = open_labelled(args, device)
+    if args.mode in DENSE:
+        train, test = common.from_rank_0(lambda: open_dense(args))
+    else:
+        train, test = open_labelled(args, device)
     plans = [plan(args, mode, train, test) for mode in args.mode.split(",")]
     common.resume(args, {})  # makes the directory
 
