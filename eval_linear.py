@@ -94,7 +94,7 @@ def get_args(argv):
     common.add_run_flags(add)
     add = parser.add_argument_group("settings of some modes").add_argument
     add("--k", type=count, nargs="+", default=[10, 20, 100, 200], help="neighbours")
-    add("--epochs", type=count, help="(default: 100 in crops, else 20)")
+    add("--epochs", type=count, help="(default: 100 in crops, 5 on mosaics, else 20)")
     add("--batch-size", type=count, default=256, help="images a step over all ranks (16 in segment, depth)")
     add("--lr", type=rate, nargs="+", default=GRID, help="peak rates of the probes' heads (0.1 in "
         "segment, 0.01 in depth)")
@@ -103,6 +103,8 @@ def get_args(argv):
     add("--lr-head", type=rate, default=0.1, help="peak rate of the classifier, in finetune")
     add("--lr-backbone", type=rate, default=0.01, help="in finetune; of all weights in segment and "
         "depth, where 0, the default, freezes them")
+    add("--scales", type=number(float, 0.1, 10), nargs=2, default=[0.5, 2.0], help="of crops in segment and "
+        "depth, least and greatest (default: 0.5 2; of mosaics 1 1)")
     add("--depth-unit", type=number(float, 1e-6), default=1000.0, help="a metre in depth's PNGs")
     add("--absolute", action="store_true", help="rates are not multiplied with batch-size / 256, "
         "as never in segment and depth")
@@ -117,6 +119,8 @@ def get_args(argv):
     if given.mode in DENSE:
         rates = dict(lr=[DENSE[given.mode]], wd=[1e-4], lr_backbone=0.0, absolute=True)
         parser.set_defaults(**rates, batch_size=16)
+        if not given.data:  # mosaics are small, and quickly learnt
+            parser.set_defaults(epochs=5, scales=[1.0, 1.0])
     args = parser.parse_args(RECIPES.get(given.recipe, "").split() + argv)
     # fmt: on
     modes = args.mode.split(",")
@@ -719,9 +723,10 @@ class DenseCrops(torch.utils.data.Dataset):
         return image, target, readable
 
     def crop(self, image, target, zoom, down, right, flip):
-        """A square of an image enlarged by 0.5 to 2, and of its target; flipped in half of all cases."""
+        """A square of an image at a scale from --scales, and of its target; flipped in half of all cases."""
         size = self.args.size
-        scale = 0.5 + 1.5 * zoom
+        low, high = self.args.scales
+        scale = low + zoom * (high - low)
         side = max(1, round(size / scale))
         height, width = target.shape
         missing = [0, 0, max(0, side - width), max(0, side - height)]
@@ -962,7 +967,7 @@ SGD = (
     "{warmup_steps} steps of warm-up, {rule}"
 )
 DENSE_SGD = (
-    f"{{head}} at output stride {{output_stride}}, on crops of {{size}} pixels at scales of 0.5 to 2, {SGD}"
+    f"{{head}} at output stride {{output_stride}}, on crops of {{size}} pixels at scales of {{scales}}, {SGD}"
 )
 PROTOCOLS = {
     "knn": "cosine kNN at temperature 0.07",
