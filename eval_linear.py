@@ -967,7 +967,8 @@ SGD = (
     "{warmup_steps} steps of warm-up, {rule}"
 )
 DENSE_SGD = (
-    f"{{head}} at output stride {{output_stride}}, on crops of {{size}} pixels at scales of {{scales}}, {SGD}"
+    "{head} at output stride {output_stride}, on crops of {size} pixels at scales of {scales[0]:g} to "
+    f"{{scales[1]:g}}, {SGD}"
 )
 PROTOCOLS = {
     "knn": "cosine kNN at temperature 0.07",

@@ -187,6 +187,7 @@ def test_an_interrupted_training_ends_bit_for_bit_as_one_that_was_not(flags, tmp
 
 def test_the_backbone_is_frozen_unless_it_has_a_rate(tmp_path, data):
     before = ev.load_backbone(ev.get_args(EVALUATION)).state_dict()
+    before = {name: value for name, value in before.items() if "num_batches" not in name}  # not counted
     for rate in (0, 0.01):
         out = tmp_path / str(rate)
         assert evaluate(f"--mode segment --lr-backbone {rate} --epochs 4", data["segment"], out) == 0
@@ -196,9 +197,8 @@ def test_the_backbone_is_frozen_unless_it_has_a_rate(tmp_path, data):
     losses = [record["loss"] for record in read_log(out / "segment")]
     assert sum(losses[4:]) < sum(losses[:4])
     again = ev.get_args(["--backbone", f"{out}/segment/model.pth"])
-    assert same(
-        dict(ev.load_backbone(again).state_dict()), {name: online[f"backbone.{name}"] for name in before}
-    )
+    loaded = ev.load_backbone(again).state_dict()
+    assert all(same(loaded[name], online[f"backbone.{name}"]) for name in before)
 
 
 def test_bottlenecks_are_dilated_with_the_same_weights():
@@ -321,7 +321,7 @@ def damage(root, kind):
         ("ignored", "", "no pixel of"),
         ("layout", "", "train/masks"),
         ("", "--mode depth", "train/depth"),
-        ("", "--mode segment,knn", "--mode segment,knn: segment and depth have data of their own"),
+        ("", "--mode segment,knn", "--mode segment,knn: segment has data of its own"),
         ("", "--labels 10", "--labels 10 is for labels of images"),
         ("", "--batch-size 9", "--batch-size 9 is more than the 8 images to train on"),
         ("", "--data voc2012:/nowhere", "voc2012 is not in /nowhere"),
