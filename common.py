@@ -1043,9 +1043,7 @@ def load_weights(path, flag="--backbone"):
             return tensors(content, set()) if isinstance(content, dict) else {}
     except Exception as error:  # damaged and foreign files raise many types
         if "TorchScript" in str(error):
-            fail(
-                f"{flag} {path} is a TorchScript program: give the state_dict() of torch.jit.load(FILE), saved"
-            )
+            fail(f"{flag} {path} is a TorchScript program: save the state_dict() of torch.jit.load(FILE)")
         reason = str(error).partition("\n")[0]
         fail(f"{flag} {path} cannot be read as weights ({type(error).__name__}: {reason})")
 

@@ -33,7 +33,7 @@ WRONG = {
     "music --gpus 8": "--gpus 8 is for jobs",
     "eval_linear --data {folder}/train": "has no test images",
     "eval_linear --backbone {tmp}/bomb": "no complete ResNet",
-    "eval_linear --backbone {tmp}/another": "no complete ResNet of torchvision, its first tensors are ['features.0.weight'",
+    "eval_linear --backbone {tmp}/another": "its first tensors are ['features.0.weight'",
     "eval_linear --backbone {tmp}/damaged": "wrong checksum",
     "eval_linear --mode knn,linear": "--mode knn,linear: choose from",
     "eval_linear --data {folder} --labels 101": "--labels 101 is neither",
