@@ -1119,17 +1119,18 @@ class TensorPickle:
         return cls.Unpickler(file, **options).load()
 
 
-def load_weights(path):
+def load_weights(path, flag="--backbone"):
     """name -> tensor, of all tensors in anybody's checkpoint, none of whose code is run."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch, about old files and changed classes
-            return tensors(load_anything(path), set())
+            content = load_anything(path)
+            return tensors(content, set()) if isinstance(content, dict) else {}
     except Exception as error:  # damaged and foreign files raise many types
         if "TorchScript" in str(error):
-            fail(f"{path} is a TorchScript program: give the state_dict() of torch.jit.load(FILE), saved")
+            fail(f"{flag} {path} is a TorchScript program: save the state_dict() of torch.jit.load(FILE)")
         reason = str(error).partition("\n")[0]
-        fail(f"{path} cannot be read as weights ({type(error).__name__}: {reason})")
+        fail(f"{flag} {path} cannot be read as weights ({type(error).__name__}: {reason})")
 
 
 def load_anything(path):
@@ -1185,7 +1186,7 @@ def preference(prefix):
 
 def load_resnet(net, path, description):
     """Load into a ResNet the weights in a file, whatever else is there and under whatever prefix."""
-    weights = load_weights(path)
+    weights = load_weights(path, "--init")
     for resnet_weights in resnets_in(weights).values():
         with contextlib.suppress(RuntimeError):  # names or shapes are those of another architecture
             net.load_state_dict(resnet_weights)

@@ -6,6 +6,7 @@
     ... --mode cached               a linear probe on features of centre crops, which are kept on disk
     ... --mode crops                a linear probe on random crops, as published
     ... --mode lbfgs                transfer: L2-regularised logistic regression on features of centre crops
+    ... --mode features --data FOLDER   features.npy and names.txt of any images, without labels
     ... --mode finetune --labels 1  all weights, on 1 % of the labels (or 10, or a list of file names)
     ... --mode segment              linear semantic segmentation, on built-in mosaics
     ... --mode segment --data voc2012:/path --lr-backbone 0.003      fine-tuned, with the head of an FCN
@@ -224,7 +225,7 @@ def open_files(name, root):
 
 
 def labelled_rows(images, args):
-    """Rows of the images that --labels stands for: per cent of each class, or the files of a list."""
+    """Rows of the images that --labels asks for: per cent of each class, or the files of a list."""
     if args.labels in map(str, range(1, 101)):
         return stratified(images.labels, int(args.labels) / 100, args.seed, LABELLED, least=1)
     if images.files is None or not os.path.isfile(args.labels):

@@ -148,7 +148,7 @@ def test_nothing_that_a_hostile_checkpoint_names_is_imported_or_called(name, tmp
 def test_a_torchscript_program_is_refused(tmp_path, capsys):
     torch.jit.save(torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2)), tmp_path / "file.pt")
     assert exit_code(lambda: common.resnet("resnet18", init=tmp_path / "file.pt")) == 2
-    assert "file.pt is a TorchScript program: give the state_dict()" in capsys.readouterr().err
+    assert "file.pt is a TorchScript program: save the state_dict()" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flags", ["", "--micro-batch 3"])
