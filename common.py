@@ -936,6 +936,13 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
         return y[rank() * len(x) :][: len(x)]  # not chunk(): ReLU may not work in place on its views
 
 
+@lru_cache
+def counts_of_ranks(rows, ranks, device):
+    """The rows of each rank (W,), as float32 and int32. Kept, since each would be a kernel in each layer."""
+    counts = torch.full((ranks,), rows, device=device)
+    return counts.float(), counts.int()
+
+
 class NormaliseOverRanks(torch.autograd.Function):
     """BN of x (n, C, ...) over all ranks by torch's kernels, with a collective forward and one backward."""
 
@@ -943,11 +950,11 @@ class NormaliseOverRanks(torch.autograd.Function):
     def forward(ctx, x, weight, bias, running_mean, running_var, momentum, eps):
         mean, invstd = torch.batch_norm_stats(x, eps)
         statistics = all_gather(torch.stack([mean, invstd])[None], norm_group(dist.group.WORLD))  # (W, 2, C)
-        counts = torch.full((world(),), x.numel() / x.shape[1], device=x.device)
+        counts, whole_counts = counts_of_ranks(x.numel() // x.shape[1], world(), x.device)
         mean, invstd = torch.batch_norm_gather_stats_with_counts(
             x, statistics[:, 0], statistics[:, 1], running_mean, running_var, momentum, eps, counts
         )
-        ctx.save_for_backward(x, weight, mean, invstd, counts.int())
+        ctx.save_for_backward(x, weight, mean, invstd, whole_counts)
         return torch.batch_norm_elemt(x, weight, bias, mean, invstd, eps)
 
     @staticmethod

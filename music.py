@@ -53,8 +53,8 @@ def music_loss(z1, z2, segment_size, weights=(1, 1, 1), temperature=1):
     pairs = P_log_P.view(S, s, S, s).sum((1, 3))  # (S, S), of each pair of segments
     agreement = (p1 * p2).sum(2)  # (n, S)
 
-    within = P_log_P.trace() / S
-    between = (pairs.sum() - pairs.trace()) / max(1, S * (S - 1))
+    within = P_log_P.diagonal().sum() / S
+    between = (pairs.sum() - pairs.diagonal().sum()) / max(1, S * (S - 1))
     invariance = -common.all_reduce(safe_log(agreement).sum()) / (N * S)
     loss = weights[0] * within + weights[1] * between + weights[2] * invariance
     terms = dict(within=within, between=between, invariance=invariance)

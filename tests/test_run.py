@@ -35,6 +35,7 @@ WRONG = {
     "music --recipe nope": "nope",
     "music --data cifar10:{tmp}/file": "cifar10",
     "music --arch vit_b_16": "vit_b_16",
+    "hsic --features 0 --draws 4": "--draws 4",
     "music --epoch 3": "--epoch",
     "music --segment 5": "16 is not a multiple of --segment 5",
     "music --compile --micro-batch 4": "--micro-batch 4",
@@ -65,7 +66,7 @@ def test_wrong_use_is_one_sentence_exit_2_and_nothing_left(command, tmp_path, fo
     content = (tmp_path / "another").read_bytes()
     (tmp_path / "damaged").write_bytes(content.replace(bytes(999), b"1" * 999))
     name, *flags = command.format(folder=folder, tmp=tmp_path).split()
-    usual = TINY if name == "music" else EVALUATION
+    usual = EVALUATION if name == "eval_linear" else TINY
     assert launch(f"{name}.py", *usual, "--out", tmp_path / "out", *flags) == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith(f"{name}.py: error: ") and WRONG[command] in last
