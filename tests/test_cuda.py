@@ -93,7 +93,7 @@ KERNELS = {  # of such a step, with its views
 
 
 @pytest.mark.parametrize("name", FLAGS)
-def test_a_step_that_only_steps_does_not_wait(gpu, name, tmp_path, monkeypatch, folder, big_folder):
+def test_a_step_without_log_or_save_does_not_wait(gpu, name, tmp_path, monkeypatch, folder, big_folder):
     """The third of four steps neither logs nor saves, nor does it as the first of a resumed run."""
     batches = common.batches
 

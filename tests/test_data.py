@@ -142,8 +142,8 @@ ARCHIVES = {  # a name, how it is made in a shell, and what the error says
     "x.zip": ("echo damaged > x.zip", "x.zip cannot be read as a zip: File is not a zip file"),
     "lzma.zip": ("python -m zipfile -c lzma.zip train", "a/x.jpg is compressed by method 14, use zip -0"),
     "key.zip": ("zip -qr -P secret key.zip train", "is encrypted"),
-    "x.tar": ("tar -cf x.tar train", "Mount it, by ratarmount, or make it a zip"),
-    "shards": ("mkdir shards && tar -czf shards/0.tar.gz train", "shards/0.tar.gz: a tar has no directory"),
+    "x.tar": ("tar -cf x.tar train", "mount it with ratarmount, or convert it to a zip"),
+    "shards": ("mkdir shards && tar -czf shards/0.tar.gz train", "shards/0.tar.gz: a tar has no index"),
 }
 
 
@@ -225,7 +225,7 @@ def test_all_usual_formats_are_read_and_16_bits_are_not_clipped(name, tmp_path):
     assert (image.float() - 153).abs().max() <= 1
 
 
-def test_unreadable_images_are_skipped_and_named_and_above_1_percent_the_run_stops(tmp_path, capsys):
+def test_unreadable_images_are_skipped_and_named_and_above_1_percent_are_fatal(tmp_path, capsys):
     make_folder(tmp_path, 64, splits=["train"])
     args = music.get_args([*TINY, f"--data={tmp_path}", "--workers=1"])
     damaged = tmp_path / "train/a/005.jpg"
@@ -249,7 +249,7 @@ def test_small_images_of_one_size_are_in_memory_others_are_paths_in_an_array(fol
         assert not images.in_memory and len(pickle.dumps(images)) < images.data.nbytes + 2000
 
 
-def test_tiny_imagenet_as_downloaded_trains_and_goes_on_elsewhere_but_not_when_changed(tmp_path, capsys):
+def test_tiny_imagenet_as_downloaded_resumes_when_moved_not_when_changed(tmp_path, capsys):
     make_folder(tmp_path, 8, splits=["train"], classes=["n1/images", "n2/images"])
     make_folder(tmp_path, 2, splits=["val", "test"], classes=["images"])
     flags = ["--epochs=1", "--out", tmp_path / "out", "--data"]
@@ -292,7 +292,7 @@ def test_data_sets_of_torchvision_are_read_by_name(name, labels, pixel, tmp_path
     assert [images.labels.tolist() for images in parts] == labels and parts[0].data[0, 0, 1, 2] == pixel
 
 
-def test_patterns_are_the_same_in_every_run_and_their_mean_colour_does_not_tell_the_label():
+def test_patterns_never_change_and_their_mean_colour_does_not_predict_labels():
     images, test = common.draw_patterns(2000, 0), common.draw_patterns(500, 1)
     assert images.data.shape == (2000, 3, 32, 32) and images.data.dtype == torch.uint8
     assert images.labels.unique().tolist() == list(range(10))

@@ -186,7 +186,7 @@ def test_the_protocol_is_printed_once_above_a_table(capsys):
     ]
 
 
-def test_data_sets_of_torchvision_are_read_by_their_public_interface_and_in_part(tmp_path):
+def test_torchvision_data_sets_are_read_by_their_public_interface_and_in_part(tmp_path):
     root = make_folder(tmp_path / "dtd/dtd", 6, splits=("images",))
     (root / "labels").mkdir()
     for i, split in enumerate(("train", "val", "test")):

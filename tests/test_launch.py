@@ -66,7 +66,7 @@ SLURM = "slurm --nodes 2 --tasks 2 --minutes 30", "scancel --signal=USR2", 4, 4
 
 
 @pytest.mark.parametrize("job, warn, world, epochs", [LOCAL, pytest.param(*SLURM, marks=pytest.mark.slurm)])
-def test_warned_ranks_resume_and_end_as_undisturbed(
+def test_warned_ranks_resume_and_end_as_if_undisturbed(
     job, warn, world, epochs, tmp_path, folder, on_ranks, capsys
 ):
     flags = [*RUN, "--data", folder, "--batch-size=12", f"--epochs={epochs}", "--out"]  # four steps an epoch

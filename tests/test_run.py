@@ -116,7 +116,7 @@ CLIP = """         loss.backward()
 """
 
 
-def test_a_fork_that_clips_killed_ten_times_ends_bit_for_bit_as_one_never_stopped(tmp_path, folder):
+def test_a_clipping_fork_killed_ten_times_ends_bit_for_bit_as_if_undisturbed(tmp_path, folder):
     """Each life is killed a little after one more step, or at its start."""
     mine = tmp_path / "mine.py"
     mine.write_text(forked(CLIP))
@@ -137,7 +137,7 @@ def test_a_fork_that_clips_killed_ten_times_ends_bit_for_bit_as_one_never_stoppe
     assert logs[0] == logs[1] and same(state_of(out), state_of(whole))
 
 
-def test_three_signals_save_at_the_step_and_the_end_is_as_undisturbed(tmp_path, folder):
+def test_three_signals_save_at_once_and_the_run_ends_as_if_undisturbed(tmp_path, folder):
     out, whole = tmp_path / "out", tmp_path / "whole"
     flags = ["--data", folder, "--epochs=1", "--batch-size=12", "--out"]  # four steps
     for number, code, step in ((signal.SIGTERM, 0, 1), (signal.SIGUSR2, 0, 2), (signal.SIGINT, 130, 3)):
