@@ -103,7 +103,7 @@ def add_run_flags(add):
     add("--log-every", type=number(int, 1), default=50, help="steps between log records")
 
 
-def parser_for(doc, lr="per 256 images: multiplied by batch-size / 256", last_lr="as a fraction of --lr"):
+def parser_for(doc, lr="for 256 images (multiplied by batch-size / 256)", last_lr="as a fraction of --lr"):
     """A parser with the flags of every method; those without a default here get it from the recipe.
 
     lr, last_lr: what --help says of --lr and --last-lr.
@@ -129,7 +129,7 @@ def parser_for(doc, lr="per 256 images: multiplied by batch-size / 256", last_lr
     add = parser.add_argument_group("views").add_argument
     add("--views", choices=list(VIEWS), help="augmentation recipe")
     add("--size", type=number(int, 12, 1024), help="side of the two global views in pixels")
-    add("--local-crops", type=number(int, 0, 64), default=0, help="small extra views, 96/224 of --size")
+    add("--local-crops", type=number(int, 0, 64), default=0, help="small extra views, side 96/224 --size")
     add = parser.add_argument_group("network and optimiser").add_argument
     add("--arch", help="a ResNet of torchvision.models, e.g. resnet18, resnet50, wide_resnet50_2")
     add("--stem", choices=["imagenet", "cifar"], help="cifar: first convolution 3x3, stride 1, no pooling")
@@ -607,7 +607,7 @@ def list_part(root, part, classes=None):
 
 
 def lister(root):
-    """A function (part, classes) that lists images of a folder or a zip, whose directory is read once."""
+    """A function (part, classes) that lists images of a folder or zip; a zip's directory is read once."""
     refuse_tar(root)
     if root.is_file():
         return partial(list_zip, root, read_directory(root))
@@ -1859,12 +1859,12 @@ def launch(main, get_args):
     add("--submit", choices=["slurm", "local"], help="run as a SLURM job, or locally in the background, to "
         "try a submission without SLURM")
     add("--sweep", nargs="+", default=[], metavar="FLAG=V1,V2", help="with --submit, a run below --out for "
-        "each combination; true or false switches a flag on or off, 'flag=1 2,3' gives it two values, or one")
-    add("--nodes", type=number(int, 1), default=1)
+        "each combination; true, false: --flag, --no-flag; 'flag=1 2,3': --flag 1 2, then --flag 3")
+    add("--nodes", type=number(int, 1), default=1, help="number of nodes")
     add("--gpus", type=number(int, 0), default=0, help="GPUs per node, one rank each")
     add("--tasks", type=number(int, 1), default=1, help="ranks per node, without GPUs")
     add("--cpus", type=number(int, 1), default=1, help="cores per rank")
-    add("--minutes", type=number(int, 1), default=60, help="time limit, at which a run saves and is requeued")
+    add("--minutes", type=number(int, 1), default=60, help="time limit; a run saves, is requeued, resumes")
     add("--partition", help="partition of the cluster")
     add("--slurm", nargs="+", default=[], metavar="KEY=VALUE", help="more sbatch options: account, qos, ...")
     # fmt: on
