@@ -1,10 +1,10 @@
 """What the four methods share: arguments, random numbers, views, data, networks, ranks, optimisers, monitors,
 run directories and launching.
 
-These are functions and small objects with one job each; see main() of a method for the order of their use.
-Every random choice made for an image is a pure function of (seed, epoch, image, choice), see `uniform`: there
-is no generator state to save, the number of workers does not matter, and one global batch gets the same views
-on 1, 2 or 8 ranks.
+Functions and small classes with one job each; main() of a method shows the order in which they are used.
+Every random choice about an image is a pure function of (seed, epoch, image, choice), see `uniform`: there is
+no generator state to save, the number of workers does not matter, and a global batch gets the same views on
+1, 2 or 8 ranks.
 """
 
 import argparse
@@ -51,15 +51,15 @@ from tqdm import tqdm
 
 
 def fail(message):
-    """End the program because of a user's mistake: one sentence on stderr, exit code 2."""
+    """Exit with code 2 and one sentence on stderr, for mistakes that the user can correct."""
     if rank() > 0:
-        time.sleep(3)  # if all ranks fail alike, rank 0 says so, and the launcher ends the others
+        time.sleep(3)  # if every rank fails, rank 0 reports it first, and the launcher ends the others
     print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
     raise SystemExit(2)
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one sentence, also for an empty value such as an unset shell variable."""
+    """A parser whose errors are one sentence, and which refuses empty values, as of unset shell variables."""
 
     def __init__(self, **options):
         layout = partial(argparse.RawDescriptionHelpFormatter, max_help_position=32, width=110)
@@ -72,16 +72,16 @@ class Parser(argparse.ArgumentParser):
         args = super().parse_args(argv)
         for name, value in vars(args).items():
             if value == "":
-                fail(f"--{name} is empty")
+                fail(f"--{name} is empty: give a value or leave it out")
         return args
 
 
 def number(kind, low, high=1e9):
     """An argparse type: a number of type `kind` in [low, high]."""
 
-    def numeric(text):  # argparse says "invalid numeric value"
+    def numeric(text):  # argparse prints this name: "invalid numeric value"
         value = kind(text)
-        if not low <= value <= high:  # also where it is NaN
+        if not low <= value <= high:  # true of NaN, too
             raise argparse.ArgumentTypeError(f"{text} is not between {low:g} and {high:g}")
         return value
 
@@ -96,55 +96,55 @@ def add_run_flags(add):
     add("--seed", type=number(int, 0, 2**62), default=0, help="random seed")
     add("--workers", type=number(int, 0, 1024), default=min(16, cores), help="decoding processes per rank")
     add("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu",
-        help="rank r uses GPU r of the machine, or of CUDA_VISIBLE_DEVICES")
-    add("--precision", choices=["bf16", "fp32"], help="of the networks (default: bf16 on GPUs that have "
-        "it, else fp32)")
+        help="local rank r uses GPU r of its machine, or of CUDA_VISIBLE_DEVICES")
+    add("--precision", choices=["bf16", "fp32"], help="in which networks compute (default: bf16 on GPUs "
+        "that support it, else fp32)")
     add("--save-minutes", type=number(float, 0), default=15.0, help="minutes between checkpoints")
-    add("--log-every", type=number(int, 1), default=50, help="steps between records")
+    add("--log-every", type=number(int, 1), default=50, help="steps between log records")
 
 
-def parser_for(doc, lr="for 256 images, times batch-size / 256", last_lr="as a fraction of --lr"):
-    """The flags of every method; those without a default here take it from the recipe.
+def parser_for(doc, lr="for 256 images (multiplied by batch-size / 256)", last_lr="as a fraction of --lr"):
+    """A parser with the flags of every method; those without a default here get it from the recipe.
 
-    lr, last_lr: what --lr and --last-lr mean.
+    lr, last_lr: what --help says of --lr and --last-lr.
     """
     parser = Parser(description=doc, usage="%(prog)s [flags]")
     add = parser.add_argument_group("data and run").add_argument
-    add("--data", help="folder with train/ and val/ (or test/) of class folders; any folder of images; "
-        "cifar10, cifar100 or stl10, with :/path/to/it (default ./data); without --data: built-in patterns")
+    add("--data", help="folder with train/ and val/ (or test/) of class folders; any folder of images; or "
+        "cifar10, cifar100, stl10, each with :/path/to/it (default ./data); left out: built-in patterns")
     add("--subset", type=number(int, 0), default=0, help="train on the first N images of each class (0: all)")
-    add("--out", help="run directory; the same command again resumes (default: runs/SCRIPT-RECIPE)")
-    add("--recipe", help="published or tuned settings, any flag overrides one (default: imagenet for a "
-        "folder, the data set's own by name, demo without --data)")
+    add("--out", help="run directory; the same command resumes the run (default: runs/SCRIPT-RECIPE)")
+    add("--recipe", help="published or tuned settings, which flags override (default: imagenet for a "
+        "folder, the name of a named data set, demo without --data)")
     add("--init", metavar="FILE", help="a backbone.pth to start from")
     add("--epochs", type=number(int, 1), help="passes over the data")
     add("--batch-size", type=number(int, 2), help="N, images per step over all ranks")
     add_run_flags(add)
     add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile networks and "
-        "views, on one rank")
-    add("--micro-batch", type=number(int, 0), default=0, help="rows whose activations the backbone keeps at "
-        "a time; the loss is that of the whole batch, BN statistics are per micro-batch (0: all rows)")
-    add("--knn-every", type=number(int, 0), default=1, help="epochs between kNN tests (0: first and last)")
+        "augmentations; one rank only")
+    add("--micro-batch", type=number(int, 0), default=0, help="rows per backbone pass, to save memory; the "
+        "loss is still that of the whole batch, but BN statistics are per micro-batch (0: all rows)")
+    add("--knn-every", type=number(int, 0), default=1, help="epochs between kNN evaluations (0: first, last)")
     add("--keep-every", type=number(int, 0), default=0, help="epochs between backbone-EPOCH.pth (0: none)")
     add = parser.add_argument_group("views").add_argument
     add("--views", choices=list(VIEWS), help="augmentation recipe")
-    add("--size", type=number(int, 12, 1024), help="side of the two global views, pixels")
-    add("--local-crops", type=number(int, 0, 64), default=0, help="extra small views, of side 96/224 --size")
+    add("--size", type=number(int, 12, 1024), help="side of the two global views in pixels")
+    add("--local-crops", type=number(int, 0, 64), default=0, help="small extra views, side 96/224 --size")
     add = parser.add_argument_group("network and optimiser").add_argument
     add("--arch", help="a ResNet of torchvision.models, e.g. resnet18, resnet50, wide_resnet50_2")
     add("--stem", choices=["imagenet", "cifar"], help="cifar: first convolution 3x3, stride 1, no pooling")
-    add("--zero-init", action=argparse.BooleanOptionalAction, help="start each block's last BN gain at 0")
+    add("--zero-init", action=argparse.BooleanOptionalAction, help="initial gain 0 in each block's last BN")
     add("--optimizer", choices=["lars", "sgd", "adamw"])
     add("--lr", type=number(float, 0, 1e6), help=f"peak learning rate, {lr}")
     add("--last-lr", type=number(float, 0, 1e6), help=f"learning rate at the end, {last_lr}")
-    add("--wd", type=number(float, 0, 1e3), help="weight decay; of biases and norms with sgd alone")
-    add("--warmup", type=number(float, 0), help="epochs of linear warm-up; then a cosine")
+    add("--wd", type=number(float, 0, 1e3), help="weight decay; biases and norms decay only with sgd")
+    add("--warmup", type=number(float, 0), help="epochs of linear warm-up, before the cosine decay")
     return parser
 # fmt: on
 
 
 def parse(parser, recipes, argv):
-    """Parse flags over the values of the recipe, and those over the parser's defaults."""
+    """Parse flags, which override the recipe, which overrides the parser's defaults."""
     given, _ = parser.parse_known_args(argv)
     default = "demo"
     if given.data:
@@ -156,7 +156,7 @@ def parse(parser, recipes, argv):
     parser.set_defaults(**recipes[recipe], recipe=recipe, out=f"runs/{Path(sys.argv[0]).stem}-{recipe}")
     args = parser.parse_args(argv)
     if args.compile and args.micro_batch:
-        fail(f"--micro-batch {args.micro_batch} does not work with --compile: leave one out")
+        fail(f"--micro-batch {args.micro_batch} does not work with --compile: leave one of them out")
     return args
 
 
@@ -169,7 +169,7 @@ MIX2 = 0x94D049BB133111EB - (1 << 64)
 
 
 def hash64(*parts):
-    """63 random bits as int64, by splitmix64, a function of ints or int64 tensors that broadcast."""
+    """Hash ints or int64 tensors, which broadcast, to 63 random bits (int64), by splitmix64."""
     x = torch.tensor(0)
     for part in parts:
         x = x + (torch.as_tensor(part) + 1) * GOLDEN
@@ -180,21 +180,21 @@ def hash64(*parts):
 
 
 def uniform(*parts):
-    """Uniform in [0, 1), float64, a function of the parts: for images (seed, epoch, image index, choice)."""
+    """Uniform in [0, 1), float64, from the parts alone: (seed, epoch, image index, choice) for images."""
     return (hash64(*parts) >> 10).double() * 2.0**-53
 
 
 # -------------------------------------------------------------------------------------------------- views
 
-# Of one view: area of the crop, strengths of the jitter, probabilities, side. Without area it is for
-# evaluation: the centre, after a resize of the shorter side.
+# How a view is made: range of crop areas, strengths of the jitter, probabilities, side in pixels. A view
+# without area is for evaluation: a centre crop, after the shorter side was resized to `resize`.
 FIELDS = "area jitter jitter_p blur_p solarise_p gray_p flip_p size resize"
 View = collections.namedtuple("View", FIELDS, defaults=[None, None, 0.8, 0, 0, 0.2, 0.5, 0, 0])
 BYOL = View((0.08, 1), (0.4, 0.4, 0.2, 0.1))
 SIMCLR = View((0.08, 1), (0.8, 0.8, 0.8, 0.2), blur_p=0.5)
 AUH = View((0.08, 1), (0.4, 0.4, 0.4, 0.4), jitter_p=1)
 CIFAR = View((0.2, 1), (0.4, 0.4, 0.4, 0.1))
-VIEWS = {  # the two global views; byol's are vicreg's, too
+VIEWS = {  # the two global views; VICReg's are byol
     "byol": [BYOL._replace(blur_p=1), BYOL._replace(blur_p=0.1, solarise_p=0.2)],
     "simclr": [SIMCLR, SIMCLR],
     "auh": [AUH, AUH],
@@ -205,7 +205,7 @@ BLUR_RADIUS = 8  # pixels, four times the largest sigma, at every image size
 
 
 def views_of(args):
-    """The two global views and, with SwAV's areas and the first view's colours, the local ones."""
+    """The two global views, then the local ones, with SwAV's areas and the first view's colours."""
     area = (0.14, 1) if args.local_crops else VIEWS[args.views][0].area
     views = [view._replace(size=args.size, area=area) for view in VIEWS[args.views]]
     side = max(BLUR_RADIUS + 1, round(args.size * 96 / 224))
@@ -214,10 +214,10 @@ def views_of(args):
 
 
 def draw(seed, epoch, index, views):
-    """The uniforms that decide about each view of the images index (n,): (n, views, 64).
+    """The uniforms (n, views, 64) that decide how each view of the images index (n,) is made.
 
-    Of the 64, the first 40 are ten tries of a crop. Then come flip, jitter and its four changes, one that is
-    not used, gray, blur, its sigma, and solarisation. The choice -1 is the place of an image in the epoch.
+    The first 40 are ten attempts at a crop. Then come flip, jitter and its four changes, an unused one, gray,
+    blur, its sigma, and solarisation. Choice -1 is taken: it orders the images of an epoch.
     """
     return uniform(seed, epoch, index[:, None], torch.arange(64 * views)).unflatten(1, (views, 64))
 
@@ -225,9 +225,9 @@ def draw(seed, epoch, index, views):
 def crop_boxes(u, height, width, area):
     """Crop boxes (n, 4) as torchvision's RandomResizedCrop draws them, from uniforms u (n, 64) on the CPU.
 
-    A box is (top, left, height, width): the first of ten tries that fits in the image, or else the largest
-    centred one with a ratio in [3/4, 4/3]. area: its least and largest share, for all boxes or (n, 2). NumPy
-    takes a third of torch's time for the two boxes that a worker needs at once.
+    A box is (top, left, height, width): the first of ten attempts that fits into the image, or else the
+    largest centred one with a ratio in [3/4, 4/3]. area: least and largest share of the image, one for all or
+    (n, 2). For the two boxes that a worker needs at once, NumPy takes a third of torch's time.
     """
     tries = u[:, :40].numpy().reshape(-1, 10, 4)
     smallest, largest = numpy.asarray(area).reshape(-1, 2, 1).swapaxes(0, 1)
@@ -247,12 +247,12 @@ def crop_boxes(u, height, width, area):
 
 
 def resize_matrix(start, length, source, size):
-    """Antialiased bicubic resize of pixels [start, start + length) of an axis: (..., size, source)."""
+    """Matrix (..., size, source) that resizes pixels [start, start + length), bicubic with antialiasing."""
     length = length[..., None, None]
     scale = length / size
     pixel = torch.arange(source, device=start.device) + 0.5 - start[..., None, None]
     centre = (torch.arange(size, device=start.device)[:, None] + 0.5) * scale
-    t = ((pixel - centre) / scale.clamp(min=1)).abs().clamp(max=2)  # where both are 0
+    t = ((pixel - centre) / scale.clamp(min=1)).abs().clamp(max=2)  # beyond 2 the kernel is 0
     near = (1.5 * t - 2.5) * t * t + 1
     far = ((-0.5 * t + 2.5) * t - 4) * t + 2
     inside = (pixel > 0) & (pixel < length)
@@ -261,7 +261,7 @@ def resize_matrix(start, length, source, size):
 
 
 def crop(images, boxes, size):
-    """Crop and resize uint8 images (n, 3, H, W) to boxes (n, 4) of floats: (n, 3, size, size) in [0, 1]."""
+    """Cut float boxes (n, 4) out of uint8 images (n, 3, H, W) and resize: (n, 3, size, size) in [0, 1]."""
     height, width = images.shape[2:]
     starts, lengths = boxes.view(-1, 2, 1, 2).unbind(1)  # of rows and of columns
     rows, columns = resize_matrix(starts, lengths, max(height, width), size).unbind(2)  # (n, 1, size, ...)
@@ -269,14 +269,14 @@ def crop(images, boxes, size):
 
 
 def centre(images, view):
-    """The centre of uint8 (n, 3, H, W) after a resize of the shorter side: (n, 3, size, size) in [0, 1]."""
+    """Resize the shorter side of uint8 (n, 3, H, W) and crop the centre: (n, 3, size, size) in [0, 1]."""
     resized = resize(images.float() / 255, view.resize, InterpolationMode.BICUBIC)
     return center_crop(resized, view.size).clamp_(0, 1)
 
 
 @lru_cache
 def constant(values, device):
-    """Three numbers on the device, (1, 3, 1, 1). Kept, since making them waits for a GPU."""
+    """Three numbers on the device, (1, 3, 1, 1); cached, since creating them would wait for the GPU."""
     return torch.tensor(values, device=device).view(1, 3, 1, 1)
 
 
@@ -286,23 +286,23 @@ def gray(x, luminance):
 
 
 def change_brightness(x, change):
-    """Brightness times 1 + change (n, 1, 1, 1)."""
+    """Multiply brightness by 1 + change (n, 1, 1, 1)."""
     return (x * (1 + change)).clamp_(0, 1)
 
 
 def change_contrast(x, change, luminance):
-    """Distance to the mean luminance times 1 + change (n, 1, 1, 1)."""
+    """Multiply the distance to the mean luminance by 1 + change (n, 1, 1, 1)."""
     mean = gray(x, luminance).mean((1, 2, 3), keepdim=True)
     return torch.lerp(mean, x, 1 + change).clamp_(0, 1)
 
 
 def change_saturation(x, change, luminance):
-    """Distance to the image in gray times 1 + change (n, 1, 1, 1)."""
+    """Multiply the distance to the gray image by 1 + change (n, 1, 1, 1)."""
     return torch.lerp(gray(x, luminance), x, 1 + change).clamp_(0, 1)
 
 
 def change_hue(x, change):
-    """Hue plus `change` (n, 1, 1, 1) turns, at constant HSV saturation and value."""
+    """Rotate the hue by `change` (n, 1, 1, 1) turns, at constant HSV saturation and value."""
     value, brightest = x.max(1, keepdim=True)
     chroma = value - x.amin(1, keepdim=True)
     difference = (x.roll(-1, 1) - x.roll(-2, 1)).gather(1, brightest)
@@ -317,17 +317,17 @@ def flip(x, u, p):
 
 
 def drop_colour(x, u, p, luminance):
-    """Make images gray whose uniform is below p."""
+    """Turn the images gray whose uniform is below p."""
     return torch.where(u < p, gray(x, luminance), x)
 
 
 def solarise(x, u, p):
-    """Invert the bright pixels of images whose uniform is below p."""
+    """Invert the bright pixels of the images whose uniform is below p."""
     return torch.where((u < p) & (x >= 128 / 255), 1 - x, x)
 
 
 def standardise(x, mean, deviation):
-    """Subtract the mean and divide by the deviation of each channel, channels last in memory."""
+    """Standardise each channel by its mean and standard deviation; the result is channels last in memory."""
     return ((x - mean) / deviation).contiguous(memory_format=torch.channels_last)
 
 
@@ -342,24 +342,24 @@ def blur(x, sigma):
 
 
 def eager(function):
-    """The function as it is."""
+    """Return the function as it is, the alternative to `compiled`."""
     return function
 
 
 @lru_cache
 def compiled(function):
-    """The function compiled by torch.compile, anew for each shape of its tensors.
+    """Compile a function with torch.compile, anew for each shape of its tensors.
 
-    The operations on views are compiled one by one: as one function, they would be for each order of the
-    jitter. Constants are arguments, since those that are made within would be copied to the GPU in each call.
+    Augmentations are compiled one by one: a single function would be compiled again for each order of the
+    jitter. Constants are arguments, since those created inside would be copied to the GPU in each call.
     """
     return torch.compile(function, dynamic=False)
 
 
 def augment(x, u, view, order, run=eager):
-    """Flip, jitter, gray, blur, solarisation of x (n, 3, S, S) in [0, 1]; uniforms u (n, 64) on the CPU.
+    """Flip, jitter, gray, blur and solarise x (n, 3, S, S) in [0, 1], by uniforms u (n, 64) on the CPU.
 
-    run: eager, or compiled, but for the blur, whose number of images changes.
+    run: eager or compiled; the blur is always eager, since the number of blurred images varies.
     """
     u = u[:, 40:51].float()
     u[:, 2:6] = (2 * u[:, 2:6] - 1) * torch.tensor(view.jitter) * (u[:, 1:2] < view.jitter_p)
@@ -387,7 +387,7 @@ def augment(x, u, view, order, run=eager):
 
 
 def normalise(x, run=eager):
-    """Standardise by the means and deviations of ImageNet."""
+    """Standardise by the channel means and standard deviations of ImageNet."""
     mean = constant((0.485, 0.456, 0.406), x.device)
     deviation = constant((0.229, 0.224, 0.225), x.device)
     return run(standardise)(x, mean, deviation)
@@ -406,17 +406,17 @@ TAR_TO_ZIP = (
     "[z.writestr(f'{pathlib.Path(p).stem}/' + m.name.removeprefix('./'), t.extractfile(m).read()) "
     'for p in sys.argv[1:] for t in [tarfile.open(p)] for m in t if m.isfile()]; z.close()"'
 )
-warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # pixels of files are only read
-MEMORY_SIDE, MEMORY_BYTES = 128, 4 << 30  # images of at most this side are kept decoded, if all of them fit
+warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # pixels are never written to
+MEMORY_SIDE, MEMORY_BYTES = 128, 4 << 30  # images up to this side are kept decoded if all fit
 
 
 class Images:
     """Images with labels: decoded pixels, files of a folder, or members of a zip.
 
-    data: uint8 pixels (n, 3, H, W) on the device, or one array that workers share: paths of n files, or, with
-    the path of an `archive`, n records of its members (see read_directory). files: of decoded pixels, the
-    paths or members they come from. labels (n,), on the CPU, are class numbers, -1 for none. The key is a
-    hash of all names: with it in the checkpoint, a run goes on with the images that it began with.
+    data: uint8 pixels (n, 3, H, W) on the device, or one array that workers share: n paths of files or, if
+    `archive` is the path of a zip, n records of its members (see read_directory). files: the paths or members
+    that decoded pixels come from. labels (n,), on the CPU: class indices, -1 for none. key: a hash of all
+    names, saved in the checkpoint, so that a run does not resume with other images.
     """
 
     def __init__(self, data, labels, classes, key, archive=None, files=None):
@@ -428,34 +428,34 @@ class Images:
         self.in_memory = torch.is_tensor(data)
         self.files = files if self.in_memory else data
         self.unreadable = set()
-        self.unreadable_limit = 0.01  # a larger share of them stops the run
+        self.unreadable_limit = 0.01  # a larger share stops the run
 
     def __len__(self):
         return len(self.labels)
 
     def name(self, i):
-        """The path of image i, its name in the archive or, where there are no files, its number."""
+        """The path of image i, its name in the archive or, without files, its index."""
         if self.files is None:
             return str(int(i))
         return os.fsdecode(self.files[i]["name"] if self.archive else self.files[i])
 
     def read(self, i):
-        """(3, H, W), uint8; None where the image cannot be decoded."""
+        """Image i, uint8 (3, H, W), or None if it cannot be decoded."""
         if self.in_memory:
             return self.data[i]
         try:
             if self.archive:
                 return decode(io.BytesIO(read_member(self.archive, self.data[i])))
             return decode(os.fsdecode(self.data[i]))
-        except Exception:  # Pillow raises many types for damaged files
+        except Exception:  # Pillow raises many types of error for damaged files
             return None
 
     def labelled(self):
-        """The rows of images with a label."""
+        """The rows of the images that have a label."""
         return (self.labels >= 0).nonzero()[:, 0]
 
     def take(self, rows):
-        """The images of some rows, under a key of their own."""
+        """The images in the given rows, with a key of their own."""
         key = hashlib.sha256(self.key.encode() + rows.numpy().tobytes()).hexdigest()
         files = None
         if self.in_memory and self.files is not None:
@@ -463,7 +463,7 @@ class Images:
         return Images(self.data[rows.numpy()], self.labels[rows], self.classes, key, self.archive, files)
 
     def report(self, unreadable):
-        """Name images that were found to be unreadable, once each; too many stop the run."""
+        """Name each unreadable image once; stop the run if there are too many."""
         for i in sorted(set(unreadable) - self.unreadable):
             tqdm.write(f"unreadable, skipped: {self.name(i)!r}", sys.stderr)
         self.unreadable.update(unreadable)
@@ -475,15 +475,16 @@ class Images:
 
     def load_state_dict(self, saved):
         if saved != self.state_dict():
-            fail(f"--data has other images than the run began with, {saved['images']} then, {len(self)} now")
+            counts = f"{saved['images']} then, {len(self)} now"
+            fail(f"--data has other images than the run began with ({counts}): choose another --out")
 
 
 def decode(file):
-    """(3, H, W), uint8, RGB, of what Pillow opens: a path or a file object."""
-    with Image.open(file) as picture:  # reads the header, and refuses more than 179 million pixels
+    """Decode an image, given by path or file object, to RGB, uint8 (3, H, W)."""
+    with Image.open(file) as picture:  # reads only the header; refuses more than 179 million pixels
         if picture.mode in ("I", "F"):
             raise ValueError("32-bit pixels have no known range")
-        if picture.mode.startswith("I;16"):  # 16 bits, which convert would clip
+        if picture.mode.startswith("I;16"):  # convert() would clip 16 bits
             return torch.from_numpy((numpy.array(picture) >> 8).astype("uint8")).expand(3, -1, -1)
         rgb = picture if picture.mode == "RGB" else picture.convert("RGB")
         return torch.from_numpy(numpy.asarray(rgb)).permute(2, 0, 1)
@@ -491,14 +492,14 @@ def decode(file):
 
 @lru_cache
 def descriptor(archive):
-    """The archive, opened once in each process. Processes may share it, since pread moves no position."""
+    """Open the archive, once per process; forks may share it, since pread does not move a position."""
     return os.open(archive, os.O_RDONLY)
 
 
 def read_member(archive, member):
-    """The content of a member of a zip (a record of read_directory); a wrong checksum is an error."""
+    """Read a member of a zip, given as a record of read_directory, and verify its checksum."""
     file, start = descriptor(archive), int(member["offset"])
-    header = os.pread(file, 30, start)  # its name and extra field may be longer than in the directory
+    header = os.pread(file, 30, start)  # name and extra field can be longer than in the directory
     start += 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
     content = os.pread(file, int(member["size"]), start)
     if member["method"] == zipfile.ZIP_DEFLATED:
@@ -514,10 +515,10 @@ def read_directory(path):
     try:
         with zipfile.ZipFile(path) as archive:
             for info in archive.infolist():
-                # the name's bytes, which zipfile has decoded as UTF-8 or, without its flag, as cp437
+                # the bytes of the name, which zipfile has decoded as UTF-8 or, unflagged, as cp437
                 name = info.orig_filename.encode("utf-8" if info.flag_bits & 0x800 else "cp437")
                 members[os.fsdecode(name)] = info
-    except Exception as error:  # damaged zips raise many types
+    except Exception as error:  # damaged zips raise many types of error
         fail(f"--data {path} cannot be read as a zip: {error}")
     records = []
     for name in sorted(filter(is_image, members)):
@@ -526,28 +527,28 @@ def read_directory(path):
             fail(f"--data {path}: {name} is compressed by method {info.compress_type}, use zip -0 instead")
         if info.flag_bits & 1:
             fail(f"--data {path}: {name} is encrypted, make the zip without a password")
-        place = (info.header_offset, info.compress_size, info.compress_type, info.CRC)
-        records.append((os.fsencode(name), *place))
+        entry = (info.header_offset, info.compress_size, info.compress_type, info.CRC)
+        records.append((os.fsencode(name), *entry))
     longest = max((len(record[0]) for record in records), default=1)
     fields = [("name", f"S{longest}"), ("offset", "i8"), ("size", "i8"), ("method", "u2"), ("crc", "u4")]
     return numpy.array(records, fields)
 
 
 def is_image(name):
-    """Whether a name in a folder or zip is an image's that is not hidden, as a Mac's ._x.jpg are."""
+    """Whether a file name is that of an image and not hidden, as ._x.jpg from a Mac would be."""
     return name.lower().endswith(SUFFIXES) and "/." not in f"/{name}"
 
 
 def image_names(folder):
-    """Names of the image files below a folder, at any depth, sorted; hidden ones are left out.
+    """Names of the image files below a folder, at any depth, sorted, without hidden ones.
 
-    Links are followed, after the directories that are none, and each directory is listed once: links may lead
-    back up.
+    Links to directories are followed after all real directories, and each directory is listed only once,
+    since links may form cycles.
     """
     names = []
     listed = set()
     tops = [str(folder)]
-    for top in tops:  # which grows by the links to directories
+    for top in tops:  # links to directories are appended in the loop
         for path, children, files in os.walk(top):
             identity = os.path.realpath(path)
             if identity in listed:
@@ -557,13 +558,13 @@ def image_names(folder):
             children[:] = [child for child in children if not child.startswith(".")]
             paths = [os.path.join(path, child) for child in sorted(children)]
             tops += filter(os.path.islink, paths)
-            below = os.path.relpath(path, folder) + "/"
-            names += [below.removeprefix("./") + file for file in files]
+            prefix = os.path.relpath(path, folder) + "/"
+            names += [prefix.removeprefix("./") + file for file in files]
     return sorted(filter(is_image, names))
 
 
 def label_by_folder(names, data, classes=None, archive=None):
-    """Images whose class is the first folder of their name; without label if it is not one of `classes`."""
+    """Label images by the first folder in their names; folders other than `classes` give no label."""
     folders = [os.path.dirname(name).partition("/")[0] for name in names]
     if classes is None:
         classes = sorted(set(folders) - {""})
@@ -574,28 +575,28 @@ def label_by_folder(names, data, classes=None, archive=None):
 
 
 def list_folder(folder, classes=None):
-    """The image files below a folder, and their classes, which are the folders right below."""
+    """The image files below a folder, labelled by its immediate subfolders."""
     names = image_names(folder)
     paths = numpy.array([os.fsencode(f"{folder}/{name}") for name in names])
     return label_by_folder(names, paths, classes)
 
 
 def list_zip(archive, members, part, classes=None):
-    """The images below the folder `part` of a zip ("": all), at whatever depth it is; None without one."""
+    """The images below the folder `part`, at any depth of a zip ("": all); None if there is none."""
     names = [f"/{os.fsdecode(name)}" for name in members["name"]]
     top = "/"
     if part:
-        above = {name.partition(f"/{part}/")[0] for name in names if f"/{part}/" in name}
-        if not above:
+        parents = {name.partition(f"/{part}/")[0] for name in names if f"/{part}/" in name}
+        if not parents:
             return None
-        top = f"{min(above, key=len)}/{part}/"
+        top = f"{min(parents, key=len)}/{part}/"
     rows = [row for row, name in enumerate(names) if name.startswith(top)]
     names = [names[row].removeprefix(top) for row in rows]
     return label_by_folder(names, members[rows], classes, str(archive))
 
 
 def list_part(root, part, classes=None):
-    """The images of a folder's train, val or test ("": all), which may be a zip; None without such a part."""
+    """The images in train, val or test ("": all) of a folder, which may be a zip; None if it is missing."""
     if (root / part).is_dir():
         return list_folder(root / part, classes)
     archive = root / f"{part}.zip"
@@ -606,7 +607,7 @@ def list_part(root, part, classes=None):
 
 
 def lister(root):
-    """list_part for a folder or a zip, whose directory is read once; tars are refused."""
+    """A function (part, classes) that lists images of a folder or zip; a zip's directory is read once."""
     refuse_tar(root)
     if root.is_file():
         return partial(list_zip, root, read_directory(root))
@@ -614,11 +615,11 @@ def lister(root):
 
 
 def refuse_tar(path):
-    """Refuse a tar, whose members have no directory, with two ways to go on."""
+    """Refuse a tar, which has no index of its members, and say what to do instead."""
     if ".tar" in path.suffixes or path.suffix == ".tgz":
         fail(
-            f"--data {path}: a tar has no directory of its members. Mount it, by ratarmount, or make it a "
-            f"zip (a tar of tars is unpacked once before): {TAR_TO_ZIP} {path}"
+            f"--data {path}: a tar has no index of its members: mount it with ratarmount, or convert it to a "
+            f"zip (unpack a tar of tars once before): {TAR_TO_ZIP} {path}"
         )
 
 
@@ -626,7 +627,7 @@ def refuse_empty(root, images):
     if not images:
         for path in root.glob("*"):
             refuse_tar(path)
-        fail(f"--data {root}: no images there, nor is it a data set's name ({', '.join(NAMED)})")
+        fail(f"--data {root}: no images there: give a folder or zip of images, or {', '.join(NAMED)}")
 
 
 def list_all(root):
@@ -637,7 +638,7 @@ def list_all(root):
 
 
 def open_folder(root):
-    """Training images of a folder or a zip, and test images of their classes, or None."""
+    """The training images in a folder or zip, and the test images of the same classes, or None."""
     listing = lister(root)
     folder = root / "train"
     train = listing("train")
@@ -651,15 +652,15 @@ def open_folder(root):
             known = test.labelled() if test else []
             if len(known):
                 counts = f"{len(known)} of {len(test)} images"
-                print(f"{root / name}: {counts} have classes of train", file=sys.stderr)
+                print(f"{root / name}: {counts} are of classes in train", file=sys.stderr)
                 return train, test.take(known)
-    print(f"{folder}: training on all its {len(train)} images", file=sys.stderr)
-    print(f"no kNN and no probe: {root}/val has no folders named as those in {folder}", file=sys.stderr)
+    print(f"{folder}: training on all {len(train)} images", file=sys.stderr)
+    print(f"no kNN and no probe: {root}/val has no folders named as in {folder}", file=sys.stderr)
     return train, None
 
 
 def open_named(name, root):
-    """Training and test images of torchvision, and STL-10's bank; downloaded where they are missing."""
+    """Training and test images of a torchvision data set, downloaded if missing, and STL-10's kNN bank."""
     images = []
     try:
         from_rank_0(lambda: len(NAMED[name](root, download=True)))  # the others wait
@@ -671,16 +672,16 @@ def open_named(name, root):
             images.append(Images(pixels, torch.as_tensor(labels).long(), part.classes, name))
     except (OSError, RuntimeError) as error:
         here = f", or --data ./{name} for the folder of that name" if os.path.isdir(name) else ""
-        fail(f"{name} is not in {root} and cannot be had ({error}): give --data {name}:/where/it/lies{here}")
+        fail(f"{name} is not in {root} and cannot be fetched ({error}): give --data {name}:/path/to/it{here}")
     return images
 
 
 def to_memory(images, device):
-    """Small images of one size, if all can be read, decoded on the device; others stay files."""
+    """Decode small images of equal size onto the device if all can be read; others stay files."""
     pixels = images.data
     if not images.in_memory:
         decoded = []
-        for i in range(len(images)):  # with small images, threads only wait
+        for i in range(len(images)):  # threads would not speed up small images
             image = images.read(i)
             if image is None or max(image.shape) > MEMORY_SIDE or len(images) * image.numel() > MEMORY_BYTES:
                 return images
@@ -693,7 +694,7 @@ def to_memory(images, device):
 
 
 def open_data(args, device):
-    """Images to train on, and for kNN a labelled bank and labelled test images, or None."""
+    """The training images, and for kNN a labelled bank and labelled test images, or None."""
     name, _, root = (args.data or "").partition(":")
     if not args.data:
         images = draw_patterns(5000, 0), draw_patterns(1000, 1)
@@ -715,7 +716,7 @@ def open_data(args, device):
 
 
 def epoch_order(images, args, start, stop):
-    """(step, epoch, index (n,)) of each step: rank r has rows r n .. (r + 1) n - 1 of the global batch."""
+    """Yield (step, epoch, index (n,)): rank r has rows r n .. (r + 1) n - 1 of the global batch."""
     n = args.batch_size // world()
     for step in range(start, stop):
         epoch, position = divmod(step, images // args.batch_size)
@@ -726,7 +727,7 @@ def epoch_order(images, args, start, stop):
 
 
 class Crops(torch.utils.data.Dataset):
-    """What a worker does: a file is read and decoded once, and a uint8 crop is cut for each view."""
+    """What a worker does: read and decode a file once, and cut a uint8 crop for each view."""
 
     def __init__(self, images, views, seed):
         self.images = images
@@ -734,48 +735,48 @@ class Crops(torch.utils.data.Dataset):
         self.seed = seed
 
     def __getitems__(self, keys):
-        """(crops (S, S, 3), label, whether it can be read) of each key (epoch, image index) of a batch."""
+        """For each key (epoch, image index): (crops (S, S, 3), label, whether the image can be read)."""
         epochs, index = torch.tensor(keys).unbind(1)
         draws = draw(self.seed, epochs[:, None], index, len(self.views))
         batch = [self.cut(i, u) for i, u in zip(index.tolist(), draws, strict=True)]
         return [([x.permute(1, 2, 0) for x in crops], *rest) for crops, *rest in batch]
 
     def cut(self, i, u):
-        """Crops (3, S, S) and label of image i, or if it cannot be read (False) of the next one that can."""
+        """Crops (3, S, S) and label of the first readable image from i on, and whether it is image i."""
         for skipped in range(100):
             row = (i + skipped) % len(self.images)
             image = self.images.read(row)
             if image is not None:
                 break
-        else:  # so many that the run stops
+        else:  # report() will stop the run
             image = torch.zeros(3, 8, 8, dtype=torch.uint8)
         return self.crops_of(image, u), self.images.labels[row], skipped == 0
 
     def crops_of(self, image, u):
-        """A crop (3, S, S), uint8, of an image (3, H, W) for each view, with uniforms u (views, 64)."""
+        """Cut a uint8 crop (3, S, S) of an image (3, H, W) for each view, by uniforms u (views, 64)."""
         if not self.views[0].area:  # for evaluation
             return [(centre(image[None], view)[0] * 255).round().byte() for view in self.views]
         crops = []
         boxes = crop_boxes(u, *image.shape[1:], [view.area for view in self.views])
         for view, (top, left, h, w) in zip(self.views, boxes.int().tolist(), strict=True):
             box = image[None, :, top : top + h, left : left + w]
-            box = box.contiguous(memory_format=torch.channels_last)  # as resizing is fastest
+            box = box.contiguous(memory_format=torch.channels_last)  # the fastest to resize
             crops.append(F.interpolate(box, (view.size, view.size), mode="bicubic", antialias=True)[0])
         return crops
 
 
 def ignore_signals(_):
-    """Schedulers send signals to all processes of a job: the main one answers them, and ends its workers."""
+    """Ignore signals in a worker: schedulers signal all processes, and the main one ends its workers."""
     for signum in SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
 
 
 def load(images, order, views, args, device):
-    """Yields (step, epoch, index, labels, [uint8 images for each view]): in memory whole, files as crops."""
+    """Yield (step, epoch, index, labels, [uint8 images per view]), uncropped if in memory, else cropped."""
     if images.in_memory:
         for step, epoch, index in order:
-            whole = images.data[index.to(device, non_blocking=True)]
-            yield step, epoch, index, images.labels[index], [whole] * len(views)
+            uncropped = images.data[index.to(device, non_blocking=True)]
+            yield step, epoch, index, images.labels[index], [uncropped] * len(views)
         return
     order, ahead = itertools.tee(order)
     loader = torch.utils.data.DataLoader(
@@ -796,27 +797,27 @@ LOST_WORKER = "DataLoader worker .*(exited|killed).*|DataLoader timed out.*|.*sh
 
 
 def refuse_lost_worker(error):
-    """End the program with a sentence if an error says that the machine has too little memory for workers.
+    """Fail with advice if an error says that a worker died or that shared memory is full.
 
-    torch raises it wherever the main process happens to be: it learns by a signal that a worker has died.
+    torch raises it wherever the main process happens to be, since a signal tells it that a worker has died.
     """
-    lost = re.search(LOST_WORKER, str(error))
-    if lost:
+    match = re.search(LOST_WORKER, str(error))
+    if match:
         fail(
-            f"a process that decodes images was lost ({lost[0]}): memory is short, give fewer --workers "
+            f"a decoding process was lost ({match[0]}), probably for lack of memory: give fewer --workers "
             "or --workers 0, or docker run --shm-size 8g; the last checkpoint is kept"
         )
 
 
 def view_batches(images, order, views, args, device):
-    """Yields (step, [x (n, 3, S, S) of each view], labels (n,)) for each (step, epoch, index) of `order`."""
+    """Yield (step, [x (n, 3, S, S) per view], labels (n,)) for each (step, epoch, index) in `order`."""
     run = compiled if args.compile else eager
     for step, epoch, index, labels, sources in load(images, order, views, args, device):
         u = draw(args.seed, epoch, index, len(views))
         xs = []
         for v, view in enumerate(views):
             rows = len(index)
-            if device.type == "cpu":  # whose cache is small
+            if device.type == "cpu":  # parts that fit in its cache
                 rows = max(1, 2**18 // view.size**2)
             operations = ORDERS[int(hash64(args.seed, step, v)) % len(ORDERS)]
             source = sources[v].to(device, non_blocking=True)
@@ -827,32 +828,32 @@ def view_batches(images, order, views, args, device):
         yield step, xs, labels.to(device, non_blocking=True)
 
 
-def make_view(x, u, view, order, whole, run=eager):
-    """A normalised view (n, 3, S, S) of uint8 images, whole or cropped already, with uniforms u (n, 64)."""
-    if whole and view.area:
+def make_view(x, u, view, order, uncropped, run=eager):
+    """Make a normalised view (n, 3, S, S) of uint8 images, uncropped or cropped, by uniforms u (n, 64)."""
+    if uncropped and view.area:
         boxes = crop_boxes(u, *x.shape[2:], view.area).float()
         x = run(crop)(x, boxes.to(x.device, non_blocking=True), view.size)
-    elif whole:
+    elif uncropped:
         x = centre(x, view)
     else:
-        x = x.contiguous().float() / 255  # not channels last, which augment is slower with
+        x = x.contiguous().float() / 255  # not channels last, in which augment is slower
     if not view.area:  # for evaluation
         return normalise(x)
     return normalise(augment(x, u, view, order, run), run)
 
 
 def batches(train, args, device, start, stop):
-    """Yields (step, [x1, x2, local crops...], labels) of the steps start .. stop - 1, on the device."""
+    """Yield (step, [x1, x2, local crops...], labels) for steps start .. stop - 1, on the device."""
     return view_batches(train, epoch_order(len(train), args, start, stop), views_of(args), args, device)
 
 
-# The built-in images: kinds of pattern, which are the labels, and the period of each in pixels.
+# The classes of the built-in images, and the period of each pattern in pixels.
 PATTERNS = "pinstripes stripes waves checks grid dots rings triangles clouds grains".split()
 PERIODS = (3.8, 10, 8, 14, 8, 5.5, 12, 10, 1, 1)
 
 
 def draw_patterns(n, split):
-    """n images of 32 pixels, each of one kind of pattern; nothing else, colours too, tells of the kind."""
+    """Draw n images of 32 x 32 pixels, in which only the pattern, not the colour, predicts the label."""
     index = torch.arange(n)
     labels = (uniform(0, split, index, 7) * 10).long()
     draws = uniform(0, split, index[:, None], torch.arange(7)).float()[:, :, None, None, None]
@@ -863,8 +864,8 @@ def draw_patterns(n, split):
     y = torch.arange(32)[:, None] - 32 * down
     across = x * angle.cos() + y * angle.sin()  # (n, 1, 32, 32)
     along = y * angle.cos() - x * angle.sin()
-    pace = math.tau * (0.85 + 0.3 * stretch) / torch.tensor(PERIODS)[labels].view(-1, 1, 1, 1)
-    a, b = pace * across, pace * along
+    frequency = math.tau * (0.85 + 0.3 * stretch) / torch.tensor(PERIODS)[labels].view(-1, 1, 1, 1)
+    a, b = frequency * across, frequency * along
 
     wave, ridge = a.cos(), b.cos()
     hills = wave + ridge
@@ -892,9 +893,9 @@ def draw_patterns(n, split):
 
 
 def resnet(arch, stem="imagenet", zero_init=False, init=None):
-    """torchvision's ResNet without its classifier, from weights in a file `init`; its number of features."""
+    """A torchvision ResNet without its classifier, with weights from a file `init` if given; its width."""
     if arch not in torchvision.models.list_models(torchvision.models, include="*resne*"):
-        fail(f"--arch {arch} is not a ResNet of torchvision.models, such as resnet18 or resnet50")
+        fail(f"--arch {arch} is not a ResNet of torchvision.models: give resnet18, resnet50, ...")
     net = torchvision.models.get_model(arch, zero_init_residual=zero_init, norm_layer=BatchNorm)
     width = net.fc.in_features
     net.fc = nn.Identity()
@@ -916,14 +917,14 @@ def mlp(*sizes, norm=True):
 
 
 class BatchNorm(nn.modules.batchnorm._BatchNorm):
-    """BN with the statistics of all ranks, which have the same number of rows, on CPUs and GPUs.
+    """Batch normalisation over the rows of all ranks, the same number on each, on CPUs and GPUs.
 
-    torch's SyncBatchNorm is for GPUs alone, and in each layer waits for them, to leave out empty ranks. Here
-    batches are not counted, which takes a kernel a layer; the counter is kept for torchvision's state_dict.
+    torch's SyncBatchNorm needs GPUs, and waits for them in each layer, to leave out empty ranks. The counter
+    of batches is kept only for torchvision's state_dict: counting would take a kernel per layer.
     """
 
     def _check_input_dim(self, x):
-        pass  # of any number of dimensions
+        pass  # any number of dimensions will do
 
     def forward(self, x):
         running = self.running_mean, self.running_var
@@ -933,28 +934,28 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
             return NormaliseOverRanks.apply(x, self.weight, self.bias, *running, self.momentum, self.eps)
         rows = all_gather(x, norm_group(dist.group.WORLD))
         y = F.batch_norm(rows, *running, self.weight, self.bias, True, self.momentum, self.eps)
-        return y[rank() * len(x) :][: len(x)]  # not chunk(): ReLU may not work in place on its views
+        return y[rank() * len(x) :][: len(x)]  # not chunk(), whose views forbid an in-place ReLU
 
 
 @lru_cache
 def counts_of_ranks(rows, ranks, device):
-    """The rows of each rank (W,), as float32 and int32. Kept, since each would be a kernel in each layer."""
+    """The number of rows on each rank (W,), as float32 and int32; cached to save two kernels per layer."""
     counts = torch.full((ranks,), rows, device=device)
     return counts.float(), counts.int()
 
 
 class NormaliseOverRanks(torch.autograd.Function):
-    """BN of x (n, C, ...) over all ranks by torch's kernels, with a collective forward and one backward."""
+    """Normalise x (n, C, ...) over all ranks by torch's kernels: one collective forward, one backward."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, running_mean, running_var, momentum, eps):
         mean, invstd = torch.batch_norm_stats(x, eps)
         statistics = all_gather(torch.stack([mean, invstd])[None], norm_group(dist.group.WORLD))  # (W, 2, C)
-        counts, whole_counts = counts_of_ranks(x.numel() // x.shape[1], world(), x.device)
+        counts, int_counts = counts_of_ranks(x.numel() // x.shape[1], world(), x.device)
         mean, invstd = torch.batch_norm_gather_stats_with_counts(
             x, statistics[:, 0], statistics[:, 1], running_mean, running_var, momentum, eps, counts
         )
-        ctx.save_for_backward(x, weight, mean, invstd, whole_counts)
+        ctx.save_for_backward(x, weight, mean, invstd, int_counts)
         return torch.batch_norm_elemt(x, weight, bias, mean, invstd, eps)
 
     @staticmethod
@@ -971,9 +972,9 @@ class NormaliseOverRanks(torch.autograd.Function):
 
 
 def per_view(net, xs, micro_batch=0):
-    """`net` of each view: a forward for each global one (BN statistics are per view), one for all local ones.
+    """Apply `net` to each global view, since BN statistics are per view, and to all local views at once.
 
-    With micro_batch, the activations of that many rows are kept at a time: backward computes them again.
+    With micro_batch, activations are kept for that many rows at a time: backward computes them again.
     """
     groups = [*xs[:2], torch.cat(xs[2:])] if len(xs) > 2 else xs
     options = dict(use_reentrant=False, preserve_rng_state=False)
@@ -990,9 +991,9 @@ def per_view(net, xs, micro_batch=0):
 
 @contextlib.contextmanager
 def frozen_statistics(net):
-    """Within, BN's running statistics do not move, since these rows have moved them before.
+    """Freeze BN's running statistics while checkpoint() recomputes rows that have already updated them.
 
-    checkpoint leaves by an exception, as soon as it has all that it needs.
+    checkpoint() leaves by an exception as soon as it has all that it needs, hence `finally`.
     """
     norms = [module for module in net.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
@@ -1006,12 +1007,12 @@ def frozen_statistics(net):
 
 
 def prepare(net, device):
-    """To the device, channels last."""
+    """Move a network to the device, channels last in memory."""
     return net.to(device, memory_format=torch.channels_last)
 
 
 def check_compiler(device):
-    """Refuse --compile on ranks, whose BN would break the graph at each layer, and without a compiler."""
+    """Refuse --compile on several ranks, where each BN would break the graph, or without a C compiler."""
     if world() > 1:
         fail(f"--compile on {world()} ranks does not work, since BN over ranks is not compiled: leave it out")
     if device.type == "cpu":
@@ -1023,9 +1024,9 @@ def check_compiler(device):
 
 
 def parallel(net, args, device):
-    """What is called in training: `net`, compiled with --compile, under DDP where there are ranks.
+    """The callable for training: `net`, compiled if --compile is given, in DDP if there are several ranks.
 
-    Compiled, all views go through one graph, which a GPU launches as a whole. Calls of parts of `net`, as in
+    Compiled, all views go through one graph, which a GPU launches as a whole. Calls to parts of `net`, as in
     an evaluation, are not compiled.
     """
     if args.compile:
@@ -1034,16 +1035,16 @@ def parallel(net, args, device):
         return net
     ids = [device.index] if device.type == "cuda" else None
     model = nn.parallel.DistributedDataParallel(net, device_ids=ids, gradient_as_bucket_view=True)
-    model.broadcast_buffers = False  # they are the same on all ranks; the argument of that name goes
+    model.broadcast_buffers = False  # they are equal on all ranks; the argument of this name is deprecated
     if device.type == "cpu":
         model.register_comm_hook(None, mean_in_rank_order)
     return model
 
 
 def mean_in_rank_order(_, bucket):
-    """A hook of DDP for CPUs: the mean over ranks, in an order that does not depend on the buckets.
+    """A hook of DDP for CPUs: the mean over ranks, summed in an order that does not depend on the buckets.
 
-    DDP fills them anew after its first step, so that a resumed run would otherwise differ in the last bit.
+    DDP rebuilds its buckets after the first step, so a resumed run would otherwise differ in the last bit.
     """
     rows = all_gather(bucket.buffer()).view(world(), -1)
     mean = torch.futures.Future()
@@ -1053,7 +1054,7 @@ def mean_in_rank_order(_, bucket):
 
 @torch.no_grad()
 def ema_update(average, net, momentum):
-    """average <- momentum average + (1 - momentum) net, of all parameters and BN statistics."""
+    """average <- momentum average + (1 - momentum) net, for all parameters and BN statistics."""
     averages = [*average.parameters(), *average.buffers()]
     new = [*net.parameters(), *net.buffers()]
     pairs = [(old, value) for old, value in zip(averages, new, strict=True) if old.is_floating_point()]
@@ -1061,7 +1062,7 @@ def ema_update(average, net, momentum):
 
 
 def autocast(args, device):
-    """bfloat16 within, with --precision bf16."""
+    """A context in which networks compute in bfloat16, if --precision is bf16."""
     return torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
 
@@ -1069,14 +1070,14 @@ def autocast(args, device):
 
 
 class Inert(dict):
-    """What any object but a tensor becomes when a file of weights is read: a dict of its attributes.
+    """A stand-in for any object but a tensor in a file of weights: a dict of the object's attributes.
 
-    It accepts whatever a pickle does to an object, and nothing that the pickle names is imported or called.
+    It accepts whatever a pickle does to an object, so that nothing it names is imported or called.
     """
 
-    dtype = torch.uint8  # as a class of storages, which is then read as bytes
-    dump_patches = False  # as a class of modules, whose source code old files hold: torch compares, no more
-    __hash__ = object.__hash__  # it may be a key
+    dtype = torch.uint8  # when it replaces a class of storages, which is then read as bytes
+    dump_patches = False  # when it replaces a class of modules, whose source torch would compare
+    __hash__ = object.__hash__  # it may be a key of a dict
 
     def __init__(self, *args, **options):
         super().__init__()
@@ -1096,11 +1097,11 @@ class Inert(dict):
 
 
 def rebuild_plain(rebuild, kind, args, state):
-    """A tensor of a subclass, or with attributes, as a tensor."""
+    """Rebuild a tensor of a subclass, or with attributes, as a plain tensor."""
     return rebuild(*args)
 
 
-PICKLED_TENSORS = {  # all that the pickle of a tensor refers to, beside storages, of which torch takes care
+PICKLED_TENSORS = {  # all that a pickled tensor refers to, except storages, which torch handles
     ("collections", "OrderedDict"): collections.OrderedDict,
     ("torch._tensor", "_rebuild_from_type_v2"): rebuild_plain,
     ("torch._utils", "_rebuild_tensor"): torch._utils._rebuild_tensor,
@@ -1112,13 +1113,13 @@ PICKLED_TENSORS = {  # all that the pickle of a tensor refers to, beside storage
 
 
 class TensorPickle:
-    """What torch.load takes as pickle_module: reads tensors, and Inert for everything else."""
+    """A pickle_module for torch.load that reads tensors, and Inert in place of everything else."""
 
     class Unpickler(pickle.Unpickler):
         def find_class(self, module, name):
             item = PICKLED_TENSORS.get((module, name), Inert)
             if inspect.isfunction(item):
-                return partial(item)  # a pickle may set attributes, which are not to be the function's
+                return partial(item)  # a pickle may set attributes, but not on the function itself
             return item
 
     @classmethod
@@ -1127,13 +1128,13 @@ class TensorPickle:
 
 
 def load_weights(path, flag="--backbone"):
-    """name -> tensor, of all tensors in anybody's checkpoint, none of whose code is run."""
+    """All tensors in anybody's checkpoint by name, without running any of its code."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of torch, about old files and changed classes
+            warnings.simplefilter("ignore")  # torch's, about old files and changed classes
             content = load_anything(path)
             return tensors(content, set()) if isinstance(content, dict) else {}
-    except Exception as error:  # damaged and foreign files raise many types
+    except Exception as error:  # damaged and foreign files raise many types of error
         if "TorchScript" in str(error):
             fail(f"{flag} {path} is a TorchScript program: save the state_dict() of torch.jit.load(FILE)")
         reason = str(error).partition("\n")[0]
@@ -1141,49 +1142,49 @@ def load_weights(path, flag="--backbone"):
 
 
 def load_anything(path):
-    """The content of a file of torch.save, where all but tensors, containers and numbers is Inert."""
+    """Load a file of torch.save, with Inert in place of all but tensors, containers and numbers."""
     try:
         return load_checked(path)
-    except pickle.UnpicklingError:  # other objects are in it; a TorchScript program is a RuntimeError
+    except pickle.UnpicklingError:  # it holds other objects; TorchScript is a RuntimeError
         return torch.load(path, "cpu", TensorPickle, weights_only=False)
 
 
 def tensors(content, visited, prefix=""):
-    """name -> tensor, of all tensors in nested dicts, whose keys are joined by dots.
+    """All tensors in nested dicts by name, which is their keys joined by dots.
 
-    Of a pickled module the attributes that hold its parts are left out of names.
+    The attributes in which a pickled module holds its parts (_modules, ...) do not appear in the names.
     """
-    found = {}
+    named = {}
     visited.add(id(content))  # objects may refer to each other
     for key, value in content.items():
         name = f"{prefix}{key}"
         if torch.is_tensor(value):
-            found[name] = value.detach()
+            named[name] = value.detach()
         elif isinstance(value, dict) and id(value) not in visited:
-            below = prefix if key in ("_modules", "_parameters", "_buffers") else f"{name}."
-            found.update(tensors(value, visited, below))
-    return found
+            inner_prefix = prefix if key in ("_modules", "_parameters", "_buffers") else f"{name}."
+            named.update(tensors(value, visited, inner_prefix))
+    return named
 
 
 CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
 
 
 def resnets_in(weights):
-    """prefix -> what is below it of a ResNet without its classifier; preferred prefixes come first."""
+    """The ResNets in named weights, without classifiers: prefix -> weights, the preferred prefix first."""
     prefixes = re.findall(r"^(|.*\.)(?:layer1|4)\.0\.conv1\.weight$", "\n".join(weights), re.MULTILINE)
     resnets = {}
     for prefix in sorted(prefixes, key=preference):
         resnets[prefix] = {}
         for name, tensor in weights.items():
             child, _, rest = name.removeprefix(prefix).partition(".")
-            child = CHILDREN.get(child, child)  # the numbers of an nn.Sequential
+            child = CHILDREN.get(child, child)  # in an nn.Sequential, children are numbered
             if name.startswith(prefix) and child in CHILDREN.values():
                 resnets[prefix][f"{child}.{rest}"] = tensor
     return resnets
 
 
 def preference(prefix):
-    """Sorts first what is published: averages and DINO's teacher; last, targets and momentum encoders."""
+    """A sort key: published weights (averages, DINO's teacher) first, targets and momentum encoders last."""
     if re.search("average|teacher", prefix):
         return 0
     if re.search("target|momentum|encoder_k|key", prefix):
@@ -1192,7 +1193,7 @@ def preference(prefix):
 
 
 def load_resnet(net, path, description):
-    """Load into a ResNet the weights in a file, whatever else is there and under whatever prefix."""
+    """Load the weights of a ResNet from a file, under whatever prefix and whatever else is in it."""
     weights = load_weights(path, "--init")
     for resnet_weights in resnets_in(weights).values():
         with contextlib.suppress(RuntimeError):  # names or shapes are those of another architecture
@@ -1202,7 +1203,7 @@ def load_resnet(net, path, description):
 
 
 def find_resnet(weights):
-    """(ResNet, arch, stem, prefix) of the best complete ResNet of torchvision in named weights, or None."""
+    """(ResNet, arch, stem, prefix) of the preferred complete ResNet in named weights, or None."""
     for prefix, resnet_weights in resnets_in(weights).items():
         stem = "imagenet"
         if "conv1.weight" in resnet_weights and resnet_weights["conv1.weight"].shape[-1] == 3:
@@ -1219,7 +1220,7 @@ def find_resnet(weights):
 
 
 def rank():
-    """The number of this process among all; 0 where there is only one."""
+    """The rank of this process; 0 if it is the only one."""
     return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
 
 
@@ -1236,12 +1237,12 @@ def norm_group(_):
 
 @lru_cache
 def cpu_group(_):
-    """A gloo group of all ranks, in which they agree and wait for each other, not for a GPU."""
+    """A gloo group of all ranks, in which they agree and wait for each other without waiting for a GPU."""
     return dist.new_group(backend="gloo", timeout=timedelta(days=1))
 
 
 def from_rank_0(function):
-    """The object that function() returns on rank 0, on every rank."""
+    """Call function() on rank 0 alone, and return its result on every rank."""
     objects = [function() if rank() == 0 else None]
     if dist.is_initialized():
         dist.broadcast_object_list(objects, group=cpu_group(dist.group.WORLD))
@@ -1249,7 +1250,7 @@ def from_rank_0(function):
 
 
 def barrier():
-    """Wait on the CPU until all ranks are here, for a day if need be: a disk or a download may be slow."""
+    """Wait on the CPU until all ranks are here, up to a day: a disk or a download may be slow."""
     from_rank_0(lambda: None)
 
 
@@ -1285,40 +1286,40 @@ class AllGather(torch.autograd.Function):
 
 
 def all_reduce(x):
-    """The sum over ranks of x, in any nesting with an exact gradient.
+    """The sum of x over ranks, whose gradient is exact however such calls are nested.
 
-    Each rank computes the loss of the global batch, and backward adds up what all of them ask of x. So
-    gradients are W times those of one process, and DDP, which averages over W ranks, makes them the same.
+    Each rank computes the loss of the global batch, and backward sums the gradients of all these losses. They
+    are thus W times those of one process, and DDP, which averages over W ranks, makes them equal.
     """
     return AllReduce.apply(x) if dist.is_initialized() else x
 
 
 def all_gather(x, group=None):
-    """The rows x (n, ...) of all ranks in rank order, (W n, ...); n is the same on all."""
+    """The rows x (n, ...) of all ranks in rank order, (W n, ...), differentiable; n is the same on all."""
     return AllGather.apply(x, group) if dist.is_initialized() else x
 
 
 def start(args, script):
-    """Join the process group, check --out, set the seed; returns the device of this rank. Writes nothing."""
+    """Join the process group, check --out and set the seed, writing nothing; returns this rank's device."""
     args.script = str(Path(script).resolve())
     if args.batch_size % world() or args.batch_size < 2 * world():
-        fail(f"--batch-size {args.batch_size} on {world()} ranks: it must divide, into 2 or more images each")
+        fail(f"--batch-size {args.batch_size} on {world()} ranks: give a multiple, 2 or more images per rank")
     device = torch.device("cpu")
     group = dict(backend="gloo")
     default = "fp32"
     if args.device == "cuda":
-        gpus = torch.cuda.device_count()  # SLURM may show a rank only its own
+        gpus = torch.cuda.device_count()  # SLURM may show a rank only its own GPU
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) if gpus > 1 else 0)
         if device.index >= gpus:
-            fail(f"--device cuda: this rank needs GPU {device.index} of {gpus}: give cpu or fewer ranks")
+            fail(f"--device cuda: rank needs GPU {device.index}, there are {gpus}: give cpu or fewer ranks")
         torch.cuda.set_device(device)
-        torch.set_num_threads(1)  # little is left to do on the CPU, and threads would fight with the workers
+        torch.set_num_threads(1)  # little is left for the CPU, and threads would compete with the workers
         group = dict(backend="nccl", device_id=device)
         if torch.cuda.is_bf16_supported(including_emulation=False):
             default = "bf16"
     args.precision = args.precision or default
     if device.type == "cpu" and args.precision == "bf16" and (args.size or 224) < 18:
-        fail(f"--precision bf16 at --size {args.size} on a CPU, where its gradients are wrong: give fp32")
+        fail(f"--precision bf16 at --size {args.size} on a CPU gives wrong gradients: give fp32")
     if args.compile:
         check_compiler(device)
     torch.backends.cudnn.allow_tf32 = False
@@ -1344,15 +1345,15 @@ class LARS(torch.optim.SGD):
             weights = [p for p in group["params"] if p.ndim > 1 and p.grad is not None]
             grads = [p.grad for p in weights]
             torch._foreach_add_(grads, weights, alpha=group["decay"])
-            size = torch.stack(torch._foreach_norm(weights))
-            slope = torch.stack(torch._foreach_norm(grads))
-            scale = torch.where((size > 0) & (slope > 0), 1e-3 * size / slope, 1.0)
+            w = torch.stack(torch._foreach_norm(weights))
+            g = torch.stack(torch._foreach_norm(grads))
+            scale = torch.where((w > 0) & (g > 0), 1e-3 * w / g, 1.0)
             torch._foreach_mul_(grads, list(scale.unbind()))
         return super().step(closure)
 
 
 def make_optimizer(net, kind, lr, wd):
-    """An optimiser of all parameters, "lars", "sgd" or "adamw"; biases and norms decay with sgd alone."""
+    """An optimiser for all parameters: "lars", "sgd" or "adamw"; biases and norms decay only with "sgd"."""
     params = list(net.parameters())
     if kind == "sgd":
         return torch.optim.SGD(params, lr, momentum=0.9, weight_decay=wd, foreach=True)
@@ -1364,7 +1365,7 @@ def make_optimizer(net, kind, lr, wd):
 
 
 def warmup_cosine(step, warmup, total, first=0.0, last=0.0):
-    """A factor of the rate: from `first` to 1 over `warmup` steps, then a cosine to `last` at `total`."""
+    """The factor of the peak rate: `first` to 1 over `warmup` steps, then a cosine to `last` at `total`."""
     if step < warmup:
         return first + (1 - first) * (step + 1) / (warmup + 1)
     progress = (step - warmup) / max(1, total - warmup)
@@ -1385,7 +1386,7 @@ def features(backbone, images, rows, args, resize=0):
     """Features (m, D), float32, of centre crops of the images in `rows`, and labels (m,), on every rank."""
     device = next(backbone.parameters()).device
     view = View(size=args.size, resize=resize or args.size * 8 // 7)  # 36 for 32, 73 for 64, 256 for 224
-    padded = torch.cat([rows, rows[:1].expand(-len(rows) % world())])  # a multiple of W
+    padded = torch.cat([rows, rows[:1].expand(-len(rows) % world())])  # to a multiple of W
     order = [(0, 0, part) for part in padded.chunk(world())[rank()].split(256)]
     training = backbone.training
     backbone.eval()
@@ -1400,23 +1401,23 @@ def features(backbone, images, rows, args, resize=0):
 
 
 def nearest(h, bank, k):
-    """Cosine similarities and rows, (m, k) each, best first, of the k nearest of bank (n, D) to h (m, D)."""
+    """The k nearest of bank (n, D) to each of h (m, D), best first: cosine similarities and rows (m, k)."""
     bank = F.normalize(bank, dim=1).mT
     parts = [(F.normalize(part, dim=1) @ bank).topk(k) for part in h.split(512)]
     return [torch.cat(column) for column in zip(*parts, strict=True)]
 
 
 def knn_votes(similarity, labels, classes, temperature=0.07):
-    """Scores (m, C) of neighbours (m, k): for each class the sum of exp(similarity / temperature)."""
+    """Class scores (m, C) from neighbours (m, k): the sum of exp(similarity / temperature) per class."""
     votes = similarity.new_zeros(len(labels), classes)
     return votes.scatter_add_(1, labels, (similarity / temperature).exp())
 
 
 def spectrum(z):
-    """Singular values of the L2-normalised, uncentred rows of z (n, d), largest first, of sum 1, on the CPU.
+    """Singular values of the L2-normalised, uncentred rows of z (n, d), largest first, with sum 1, on a CPU.
 
-    They are roots of the eigenvalues of a Gram matrix, whose rounding errors float64 keeps small. A CPU takes
-    less time for these than a GPU.
+    They are square roots of a Gram matrix's eigenvalues, whose rounding errors float64 keeps small. A CPU
+    computes these faster than a GPU.
     """
     z = F.normalize(z.double(), dim=1)
     gram = z @ z.mT if len(z) < z.shape[1] else z.mT @ z
@@ -1426,20 +1427,20 @@ def spectrum(z):
 
 
 def perplexity(p):
-    """The exponential of the entropy of probabilities: how many equal ones have the same entropy."""
+    """The exponential of the entropy: the number of equal probabilities with the same entropy."""
     return float(torch.special.entr(p).sum().exp())
 
 
 def effective_rank(z):
-    """RankMe: the perplexity of the spectrum, from 1, one point, to min(n, d)."""
+    """RankMe: the perplexity of the spectrum, from 1 (all rows on a line) to min(n, d)."""
     return perplexity(spectrum(z))
 
 
 @torch.no_grad()
 def spread(h, z):
-    """How far features h (n, D) and embeddings z (n, d) are from collapse, by rows of all ranks.
+    """Measure how far features h (n, D) and embeddings z (n, d) are from collapse, on rows of all ranks.
 
-    These are 1,024, or 512 where D or d is larger: then a spectrum takes 30 ms, and not 200.
+    These are 1,024 rows, or 512 in more than 512 dimensions, where a spectrum then takes 30 ms, not 200.
     """
     h, z = [all_gather(x[: (1024 if x.shape[1] <= 512 else 512) // world()].float()) for x in (h, z)]
     deviations = dict(std_h=h.std(0).mean(), std_z=F.normalize(z, dim=1).std(0).mean())
@@ -1468,7 +1469,7 @@ class Probe(nn.Sequential):
         self.optimizer.load_state_dict(saved)
 
     def step(self, h, y):
-        """One step on features h (n, D), detached, of images with labels y (n,), -1 for none."""
+        """Take a step on detached features h (n, D) of images with labels y (n,), -1 for none."""
         if not self.labelled:
             return
         known = all_reduce((y >= 0).sum()).clamp(min=1)
@@ -1481,20 +1482,20 @@ class Probe(nn.Sequential):
 
 
 def evenly(rows, limit):
-    """At most `limit` of the rows, evenly spread."""
+    """At most `limit` of the rows, evenly spaced."""
     count = min(len(rows), limit)
     return rows[torch.arange(count) * len(rows) // count]
 
 
 def evaluation_due(step, steps_per_epoch, args):
-    """Whether kNN is to be tested: before the first step, and at the start of every --knn-every-th epoch."""
+    """Whether to evaluate: before the first step, and at the start of every --knn-every-th epoch."""
     every = args.knn_every * steps_per_epoch
     return step == 0 or (every > 0 and step % every == 0)
 
 
 @torch.no_grad()
 def evaluate(backbone, probe, bank, test, args):
-    """Accuracies in [0, 1] of kNN (k = 20) and probe, on up to 10,000 test images, with a bank of 25,000."""
+    """Accuracies in [0, 1] of kNN (k = 20; bank up to 25,000) and probe, on up to 10,000 test images."""
     if test is None:
         return {}
     h_bank, y_bank = features(backbone, bank, evenly(bank.labelled(), 25_000), args)
@@ -1512,7 +1513,7 @@ def evaluate(backbone, probe, bank, test, args):
 # ------------------------------------------------------------------------------------------ run directory
 
 MAY_CHANGE = {"out", "script", "data", "workers", "device", "save_minutes", "log_every"}  # when a run resumes
-TOKEN = secrets.token_hex(8)  # of this process; the run directory holds that of the process started last
+TOKEN = secrets.token_hex(8)  # of this process; a run directory holds that of the last process started
 SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)  # SLURM's warning, termination, Ctrl-C
 
 
@@ -1534,7 +1535,7 @@ def check_directory(args):
 
 
 def provenance(step):
-    """Where the steps from `step` on come from, for args.json; jobs know the commit that submit() noted."""
+    """For args.json, what computes the steps from `step` on; jobs inherit the commit noted by submit()."""
     git = f"git -C '{Path(__file__).parent}' describe --always --dirty 2>/dev/null"
     return dict(
         step=step,
@@ -1557,7 +1558,7 @@ def write(path, save):
 
 
 def load_checked(path):
-    """torch.load of tensors alone, to the CPU. Flipped bits are noticed by the archive's checksums only."""
+    """Load a file of tensors to the CPU, after verifying its checksums: torch.load misses flipped bits."""
     if zipfile.is_zipfile(path):  # files of torch before 1.6 are not
         damaged = zipfile.ZipFile(path).testzip()
         if damaged:
@@ -1572,16 +1573,16 @@ def newest_checkpoint(out):
         try:
             load_checked(path)
             return path
-        except Exception as error:  # torch and zipfile raise many types
+        except Exception as error:  # torch and zipfile raise many types of error
             if path == paths[-1]:
                 fail(f"{path} is damaged ({error}), and there is no earlier one: choose another --out")
-            print(f"{path} is damaged ({error}): going on from the one before", file=sys.stderr)
+            print(f"{path} is damaged ({error}): resuming from the one before", file=sys.stderr)
             path.rename(out / "checkpoint-damaged.pt")
     return None
 
 
 def resume(args, state):
-    """Make the run directory, or load its newest checkpoint into the parts of `state`; the steps done."""
+    """Create the run directory or load its newest checkpoint into `state`; returns the steps done so far."""
     out = Path(args.out)
     path = from_rank_0(lambda: newest_checkpoint(out))
     step = 0
@@ -1590,7 +1591,7 @@ def resume(args, state):
         step = saved["step"]
         for name, part in state.items():
             if name not in saved:
-                fail(f"{path} has no '{name}', other code has saved it: choose another --out")
+                fail(f"{path} has no '{name}', so other code saved it: choose another --out")
             part.load_state_dict(saved[name])
         if rank() == 0:
             print(f"{out}: resuming at step {step}, saved by {saved['world']} rank(s)", file=sys.stderr)
@@ -1603,10 +1604,10 @@ def resume(args, state):
 
 
 def prepare_directory(args, step):
-    """Write what a run directory says about this start, and cut its log to the records up to `step`."""
+    """Write settings and code to the run directory, and truncate its log to the records up to `step`."""
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    for temporary in out.glob("*.tmp"):  # of a run that was killed
+    for temporary in out.glob("*.tmp"):  # left by a killed run
         temporary.unlink()
     starts = []
     if (out / "args.json").exists():
@@ -1620,18 +1621,18 @@ def prepare_directory(args, step):
     if log.exists():
         kept = bytearray()
         for line in log.read_bytes().splitlines(True):
-            last = step if b'"loss"' in line else step - 1  # evaluations at this step are made again
+            last = step if b'"loss"' in line else step - 1  # evaluations at this step are repeated
             if line.endswith(b"}\n") and json.loads(line)["step"] <= last:
                 kept += line
         write(log, lambda file: file.write(kept))
 
 
 def copy_code(source, out, step):
-    """Copy a source file into the run directory; a copy that differs is kept as that of the steps before."""
+    """Copy a source file into the run directory, keeping an older copy that differs under another name."""
     copy = out / source.name
     if copy.exists() and copy.read_bytes() != source.read_bytes():
         old = out / f"{source.stem}-until-{step}{source.suffix}"
-        if not old.exists():  # else no step was saved with the copy
+        if not old.exists():  # else no step was saved with this copy
             copy.rename(old)
         print(f"{out}: {source.name} has changed since step {step}, the old code is {old}", file=sys.stderr)
     with contextlib.suppress(shutil.SameFileError):  # the run's own copy is running
@@ -1639,7 +1640,7 @@ def copy_code(source, out, step):
 
 
 def check_finite(step, values, prefix=""):
-    """Refuse tensors that are not finite, by name; values are nested dicts of them."""
+    """Fail if a tensor in nested dicts is not finite, with its name."""
     for key, value in values.items():
         name = f"{prefix}{key}"
         if isinstance(value, dict):
@@ -1649,7 +1650,7 @@ def check_finite(step, values, prefix=""):
 
 
 def check_loss(step, loss, terms):
-    """Refuse a loss that is not finite, naming its terms."""
+    """Fail if the loss is not finite, with its terms."""
     values = {name: float(term) for name, term in terms.items()}
     check_finite(step, {f"the loss (with terms {values})": loss})
 
@@ -1665,14 +1666,14 @@ def save(args, step, state, backbone, loss, terms, name="backbone.pth"):
             write(Path(args.out, name), lambda file: torch.save(backbone.state_dict(), file))
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
             fail(f"step {step} cannot be saved in {args.out} ({error}); the last checkpoint is kept")
-    barrier()  # the others wait here, and not in a collective of the GPUs, which would time out
+    barrier()  # other ranks wait here, not in a collective of the GPUs, which would time out
 
 
 def write_checkpoint(args, saved):
-    """Write checkpoint.pt, unless another run was started on the directory, and keep the one before."""
+    """Write checkpoint.pt and keep the one before; fail if another run was started in the directory."""
     out = Path(args.out)
     if (out / "token").read_text() != TOKEN:
-        fail(f"step {saved['step']}: another run was started on {out}, so this one ends")
+        fail(f"step {saved['step']}: another run was started in {out}, so this one ends")
     checkpoint, new = out / "checkpoint.pt", out / "checkpoint-new.pt"
     write(new, lambda file: torch.save(saved, file))
     if checkpoint.exists():
@@ -1681,7 +1682,7 @@ def write_checkpoint(args, saved):
 
 
 def keep_due(step, steps_per_epoch, args):
-    """Whether the backbone is to be kept: at the end of every --keep-every-th epoch."""
+    """Whether to keep the backbone: at the end of every --keep-every-th epoch."""
     return args.keep_every > 0 and step % (args.keep_every * steps_per_epoch) == 0
 
 
@@ -1711,7 +1712,7 @@ class Log:
                 self.board.file_writer.add_summary(summary)
 
     def watch(self, batches):
-        """Yield the batches, moving the bar and adding up the seconds that are spent waiting for them."""
+        """Yield the batches, advance the bar, and add up the seconds spent waiting for them."""
         asked = time.monotonic()
         for batch in batches:
             self.waiting += time.monotonic() - asked
@@ -1720,11 +1721,11 @@ class Log:
             asked = time.monotonic()
 
     def due(self, step):
-        """Whether there is to be a record: at the first step, every --log-every steps, and at the last."""
+        """Whether to record this step: the first, every --log-every-th and the last."""
         return step in (1, self.total) or step % self.args.log_every == 0
 
     def __call__(self, step, terms, spectrum_z=None, **values):
-        """Record numbers or 0-dim tensors: terms of the loss with the loss and more, or an evaluation's.
+        """Record numbers or 0-dim tensors: the loss, its terms and more, or the results of an evaluation.
 
         A loss that is not finite ends the run, on all ranks.
         """
@@ -1758,7 +1759,7 @@ class Log:
             self.warn_of_collapse(step, values["rank_z"], len(spectrum_z))
 
     def warn_of_collapse(self, step, rank_z, largest):
-        """Say that embeddings have collapsed, once, and again only after they had recovered."""
+        """Warn once when embeddings collapse, and again only after they have recovered."""
         collapsed = rank_z < 4 <= largest / 4 and step > min(100, self.total // 4)
         if collapsed and not self.collapsed:
             text = f"collapse: the effective rank of the embeddings is {rank_z:.1f} of {largest}"
@@ -1766,7 +1767,7 @@ class Log:
         self.collapsed = collapsed
 
     def show(self, xs):
-        """The two global views of the first eight images, as a picture in TensorBoard."""
+        """Show the two global views of the first eight images in TensorBoard."""
         if rank() == 0:
             self.board.add_images("views", torch.cat([x[:8] for x in xs[:2]]) * 0.226 + 0.449, self.step)
 
@@ -1777,21 +1778,21 @@ class Log:
 
 
 class Signals:
-    """SIGUSR2, SIGTERM and Ctrl-C, answered between steps, and the clock of --save-minutes."""
+    """Answers SIGUSR2, SIGTERM and Ctrl-C between steps, and keeps the clock of --save-minutes."""
 
     def __init__(self, args):
         self.args = args
         self.received = 0
         self.saved_at = time.monotonic()
-        self.before = {number: signal.signal(number, self.receive) for number in SIGNALS}
+        self.previous = {number: signal.signal(number, self.receive) for number in SIGNALS}
 
     def receive(self, number, _):
-        """The handler, which only takes note: ranks must stop at the same step."""
+        """Only note the signal, since all ranks must stop at the same step."""
         self.received = number
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C does not wait
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C interrupts at once
 
     def agree(self):
-        """Whether to stop, and whether to save, the same on all ranks: any rank's signal, rank 0's clock."""
+        """Whether to stop (a signal on any rank) and to save (rank 0's clock), the same on all ranks."""
         due = rank() == 0 and time.monotonic() - self.saved_at > 60 * self.args.save_minutes
         votes = torch.tensor([self.received, due])
         if dist.is_initialized():
@@ -1802,13 +1803,13 @@ class Signals:
         return self.received > 0, due > 0
 
     def leave(self):
-        """End the program after a save; a job that SLURM has warned is requeued, and waits to be ended."""
+        """Exit after a save; a job that SLURM has warned is requeued, and waits for SLURM to end it."""
         name = signal.Signals(self.received).name
         submitted = os.environ.get("SUBMITIT_EXECUTOR")
         if rank() == 0:
             print(f"\n{name}: saved {self.args.out}, the same command resumes", file=sys.stderr, flush=True)
             if submitted and name == "SIGUSR2":
-                self.before[signal.SIGUSR2](signal.SIGUSR2, None)  # submitit's: requeues the job, and exits
+                self.previous[signal.SIGUSR2](signal.SIGUSR2, None)  # submitit's: requeues the job, and exits
         if submitted == "slurm" and name != "SIGINT":
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(900)  # a task that leaves early would complete or fail the SLURM job
@@ -1817,13 +1818,13 @@ class Signals:
         raise SystemExit(130 if name == "SIGINT" else 0)
 
     def restore(self):
-        """Put the handlers back that were there before."""
-        for number, handler in self.before.items():
+        """Restore the previous handlers."""
+        for number, handler in self.previous.items():
             signal.signal(number, handler)
 
 
 def leave_ranks():
-    """Destroy the process group, if there is one, at the end of a program."""
+    """Destroy the process group, if there is one, before a program ends."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -1851,20 +1852,20 @@ def finish(log, signals):
 
 
 def launch(main, get_args):
-    """Run a script's main here, or leave it to a scheduler: what every script ends with."""
+    """Run a script's main() here or submit it to a scheduler; every script ends with this call."""
     parser = Parser(usage=argparse.SUPPRESS, add_help=False)
     add = parser.add_argument_group("launch").add_argument
     # fmt: off
-    add("--submit", choices=["slurm", "local"], help="run as a SLURM job, or, to try a submission without "
-        "SLURM, in the background here")
+    add("--submit", choices=["slurm", "local"], help="run as a SLURM job, or locally in the background, to "
+        "try a submission without SLURM")
     add("--sweep", nargs="+", default=[], metavar="FLAG=V1,V2", help="with --submit, a run below --out for "
-        "each combination; true and false for flags with a --no, 'flag=1 2,3' for flags of several values")
-    add("--nodes", type=number(int, 1), default=1)
-    add("--gpus", type=number(int, 0), default=0, help="per node, a rank each")
+        "each combination; true, false: --flag, --no-flag; 'flag=1 2,3': --flag 1 2, then --flag 3")
+    add("--nodes", type=number(int, 1), default=1, help="number of nodes")
+    add("--gpus", type=number(int, 0), default=0, help="GPUs per node, one rank each")
     add("--tasks", type=number(int, 1), default=1, help="ranks per node, without GPUs")
-    add("--cpus", type=number(int, 1), default=1, help="per rank")
-    add("--minutes", type=number(int, 1), default=60, help="time limit; the run saves, is requeued, goes on")
-    add("--partition", help="of the cluster")
+    add("--cpus", type=number(int, 1), default=1, help="cores per rank")
+    add("--minutes", type=number(int, 1), default=60, help="time limit; a run saves, is requeued, resumes")
+    add("--partition", help="partition of the cluster")
     add("--slurm", nargs="+", default=[], metavar="KEY=VALUE", help="more sbatch options: account, qos, ...")
     # fmt: on
     job, argv = parser.parse_known_args()
@@ -1878,7 +1879,7 @@ def launch(main, get_args):
     try:
         main(get_args(argv))
     except torch.OutOfMemoryError as error:
-        fail(f"out of memory, give --micro-batch or a smaller --batch-size ({error})")
+        fail(f"out of memory ({error}): give --micro-batch or a smaller --batch-size")
     except RuntimeError as error:
         refuse_lost_worker(error)
         raise
@@ -1895,11 +1896,11 @@ def show_help(get_args, launch_parser):
             get_args(["--help"])
         print("\n" + launch_parser.format_help(), end="", flush=True)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at exit
 
 
 def combinations(sweep, argv, get_args):
-    """The flags of each run of a sweep, which has its own --out; wrong values are refused."""
+    """The flags of each run of a sweep, each with an --out of its own; wrong values are refused."""
     out = Path(get_args(argv).out).absolute()
     axes = []
     for item in sweep:
@@ -1932,7 +1933,7 @@ class Job(submitit.helpers.Checkpointable):
         job.paths.result_pickle.unlink(missing_ok=True)  # left before a requeue
         ranks = submitit.helpers.TorchDistributedEnvironment()
         restarts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
-        ranks.master_port = 20000 + (ranks.master_port + 100 * restarts) % 40000  # the old store may be there
+        ranks.master_port = 20000 + (ranks.master_port + 100 * restarts) % 40000  # the old one may be in use
         ranks.export(set_cuda_visible_devices=False, overwrite=True)
         sys.path.insert(0, os.path.dirname(self.script))
         sys.argv = [self.script, *self.flags]
@@ -1940,7 +1941,7 @@ class Job(submitit.helpers.Checkpointable):
 
 
 def submit(job, runs):
-    """Submit each run with copies of the code as it is now, as a job array, and print where it will be."""
+    """Submit all runs as a job array, with copies of the code as it is now, and print where they will be."""
     out = Path(os.path.commonpath([flags[-1] for flags in runs]))
     folder = out / "submit" / f"{time.strftime('%Y%m%d-%H%M%S')}-{TOKEN}"
     try:
@@ -1965,14 +1966,14 @@ def submit(job, runs):
                 **dict(item.partition("=")[::2] for item in job.slurm),
             },
         )
-        os.environ["CODE_COMMIT"] = provenance(0)["commit"]  # jobs run copies, and inherit it
+        os.environ["CODE_COMMIT"] = provenance(0)["commit"]  # inherited by jobs, which run copies
         cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the job imports the copy of this file
         with executor.batch():
             jobs = [executor.submit(Job(script, flags)) for flags in runs]
     except (OSError, ValueError, RuntimeError) as error:
         shutil.rmtree(folder, ignore_errors=True)
         with contextlib.suppress(OSError):
-            os.removedirs(folder.parent)  # where they are empty
+            os.removedirs(folder.parent)  # as far as they are empty
         fail(f"--submit {job.submit}: {str(error).strip().splitlines()[-1]}")
     for submitted, flags in zip(jobs, runs, strict=True):
         print(f"job {submitted.job_id}: {flags[-1]}, log {submitted.paths.stdout}")

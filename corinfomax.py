@@ -1,15 +1,15 @@
 """CorInfoMax: self-supervised learning with an information maximisation criterion.
 
-Log-determinant mutual information between the two views; its approximation is the training objective:
+Maximise the log-determinant mutual information of the two views, by default in an approximation:
 
     L = alpha mse(z1, z2) - (logdet(R1 + eps I) + logdet(R2 + eps I)) / d
 
-with a mean and covariance per view that are recursive over batches, of L2-normalised embeddings:
+with a mean and a covariance of L2-normalised embeddings per view, which are updated with every batch:
 
     mu <- lam_mu mu + (1 - lam_mu) mean(z)
     R <- lam_R R + (1 - lam_R) (z - mu)^T (z - mu) / N          (with the new mu)
 
-and, with --objective ldmi, what it approximates:
+or, with --objective ldmi, without the approximation:
 
     L = -2/d (logdet(R1 + eps I) - logdet(R1 - R12 (R2 + eps I)^-1 R12^T + eps I))
 
@@ -37,7 +37,7 @@ import common
 class CorInfoMax(nn.Module):
     """The loss with its state, float64, the same on every rank: mu (2, d), R (2, d, d), R12 (d, d).
 
-    A call in training mode updates the state. Gradients flow through this batch's share of it only.
+    A call in training mode updates the state. Gradients flow only through this batch's share of it.
     """
 
     def __init__(self, d, forget_R=0.01, forget_mu=0.01, eps=1e-8, r0=1.0, objective="corinfomax"):
@@ -63,7 +63,7 @@ class CorInfoMax(nn.Module):
         R12 = self.R12
         if self.objective == "ldmi":
             R12 = self.forget_R * self.R12 + (1 - self.forget_R) * common.all_reduce(x[0].mT @ x[1]) / N
-            schur = R[0] - R12 @ torch.linalg.solve_ex(self.regular(R[1]), R12.mT)[0]
+            schur = R[0] - R12 @ torch.linalg.solve_ex(self.regularised(R[1]), R12.mT)[0]
             information = 2 / d * (self.logdet(R[0]) - self.logdet((schur + schur.mT) / 2))
             loss = -information
             terms = dict(invariance=invariance, information=information)
@@ -77,12 +77,12 @@ class CorInfoMax(nn.Module):
             self.R12 = R12.detach()
         return loss, {name: term.detach() for name, term in terms.items()}
 
-    def regular(self, R):
+    def regularised(self, R):
         return R + self.eps * torch.eye(len(R), dtype=R.dtype, device=R.device)
 
     def logdet(self, R):
         """logdet(R + eps I) by Cholesky; NaN where rounding has made the positive definite R indefinite."""
-        factor, failed = torch.linalg.cholesky_ex(self.regular(R))  # `if failed` would wait for a GPU
+        factor, failed = torch.linalg.cholesky_ex(self.regularised(R))  # `if failed` would wait for a GPU
         return 2 * factor.diagonal().log().sum().masked_fill(failed != 0, torch.nan)
 
 
@@ -135,17 +135,17 @@ def get_args(argv=None):
     """Arguments from argv, by default the command line; those not given come from the recipe."""
     parser = common.parser_for(__doc__, lr="absolute", last_lr="absolute")
     add = parser.add_argument_group("CorInfoMax").add_argument
-    add("--objective", choices=["corinfomax", "ldmi"], default="corinfomax", help="L")
+    add("--objective", choices=["corinfomax", "ldmi"], default="corinfomax", help="which loss L")
     add("--alpha", type=common.number(float, 0), help="alpha, weight of the invariance")
     add(
         "--forget",
         type=common.number(float, 0, 0.999999),
-        help="lam_R = lam_mu, weight of the old statistics",
+        help="lam_R = lam_mu, weight of the previous statistics",
     )
     add(
         "--eps",
         type=common.number(float, 1e-12),
-        help="eps, added to the diagonal; raise it where the loss is not finite",
+        help="eps, added to the diagonal; raise it if the loss is not finite",
     )
     add("--first-lr", type=common.number(float, 0, 1e6), help="learning rate at the start of the warm-up")
     add("--norm", action=argparse.BooleanOptionalAction, help="BN in the projector")
@@ -184,11 +184,11 @@ def main(args):
     first, last = args.first_lr / max(args.lr, 1e-12), args.last_lr / max(args.lr, 1e-12)
 
     online = common.prepare(Online(args), device)
-    model = common.parallel(online, args, device)  # the same, under DDP
+    model = common.parallel(online, args, device)  # the same, in DDP if on ranks
     criterion = CorInfoMax(args.dim, args.forget, args.forget, args.eps, objective=args.objective).to(device)
     optimizer = common.make_optimizer(online, args.optimizer, args.lr, args.wd)
     probe = common.Probe(online.width, train, device)
-    state = dict(data=train, online=online, optimizer=optimizer, probe=probe)  # saved; of the data a hash
+    state = dict(data=train, online=online, optimizer=optimizer, probe=probe)  # saved; of the data, a hash
     state.update(criterion=criterion)
     start = common.resume(args, state)
     log = common.Log(args, start, total)

@@ -1,9 +1,9 @@
-"""Every evaluation of a backbone that the four papers report.
+"""Evaluate a backbone by the protocols of the four papers, and on dense tasks.
 
     python eval_linear.py --backbone FILE        kNN and a linear probe, on built-in images
     ... --data /imagenet            a folder with train/ and val/ (or test/), or a data set of torchvision
     ... --mode knn                  cosine-weighted nearest neighbours
-    ... --mode cached               a linear probe on features of centre crops, which are kept on disk
+    ... --mode cached               a linear probe on features of centre crops, which are cached on disk
     ... --mode crops                a linear probe on random crops, as published
     ... --mode lbfgs                transfer: L2-regularised logistic regression on features of centre crops
     ... --mode features --data FOLDER   features.npy and names.txt of any images, without labels
@@ -14,19 +14,18 @@
     ... --recipe hsic-linear        a published protocol; any flag overrides it
     ... --backbone random --arch resnet18        the floor; --backbone torchvision: the supervised ceiling
 
-FILE is whatever holds a ResNet of torchvision, under whatever names. Choices are made on a tenth of the
-TRAINING images, held out by class and seed, never on test images: probes train a grid of rates and decays at
-once on the rest, and report the best head as it is (with one --lr and one --wd, as published, nothing is held
-out); lbfgs fits again, on all training images. crops and finetune report the last epoch, where the official
-code of CorInfoMax and SFRIK reports the epoch that is best on test images.
+FILE is any checkpoint that holds a torchvision ResNet, under whatever names. Hyperparameters are chosen on a
+tenth of the TRAINING images, held out per class, never on test images: probes train a grid of rates and
+decays at once on the rest, and report the best head as it is (with one --lr and one --wd, as published,
+nothing is held out); lbfgs then fits all training images. crops and finetune report the last epoch, where the
+official code of CorInfoMax and SFRIK reports the epoch that is best on the test images.
 
-segment and depth take train/images/NAME.jpg with train/masks/NAME.png (8-bit class numbers, 255 does not
-count) or train/depth/NAME.png (16 bits, 0 does not count), and val/ likewise; segment also takes ADE20K as it
-is unpacked.
+segment and depth take train/images/NAME.jpg with train/masks/NAME.png (8-bit class indices, 255 is ignored)
+or train/depth/NAME.png (16 bits, 0 is ignored), and val/ likewise; segment also takes ADE20K as unpacked.
 
---out holds results.jsonl (a line a mode: numbers and the whole protocol), neighbours.png (of knn),
-predictions.png (of segment and depth), and what the same command resumes from. Features
-are kept in features/ beside it.
+--out gets results.jsonl (a line per mode: results and the whole protocol), neighbours.png (knn),
+predictions.png (segment and depth), and checkpoints for the same command to resume from. Features are cached
+in features/ beside it.
 """
 
 import collections
@@ -55,7 +54,7 @@ import common
 from common import fail, number
 
 # fmt: off
-RECIPES = {  # of the official code; rates there are absolute, but for SSL-HSIC
+RECIPES = {  # of the official code, where rates are absolute except for SSL-HSIC's
     "hsic-linear":
         "--mode crops --epochs 90 --batch-size 4096 --lr 0.5 --wd 0 --warmup-steps 100 --ema 0.999",
     "corinfomax-linear": "--mode crops --absolute --lr 0.2 --wd 0 --last 0.01",
@@ -75,46 +74,46 @@ DENSE = {"segment": 0.1, "depth": 0.01}  # modes that predict a value for each p
 
 
 def get_args(argv):
-    """Arguments from argv, over those of the recipe."""
+    """Parse argv, whose flags override those of the recipe."""
     parser = common.Parser(description=__doc__, usage="%(prog)s --backbone FILE [flags]")
     rate = number(float, 0, 1e6)
     count = number(int, 1)
-    add = parser.add_argument_group("what").add_argument
+    add = parser.add_argument_group("what to evaluate").add_argument
     add("--backbone", required=True, metavar="FILE", help="a checkpoint; or random, or torchvision")
     add("--mode", default="knn,cached", help=f"one or more of {', '.join(MODES)} (default: %(default)s); "
         "or features, of all images of --data, without labels")
     add("--recipe", choices=RECIPES, help="a published protocol")
     add("--data", help=f"folder with train/ and val/; or {', '.join([*common.NAMED, *FILE_SETS])}, with "
-        ":/where/it/lies (default ./data); left out: built-in patterns")
-    add("--labels", help="per cent of each class to train on, or a file with names of images")
-    add("--arch", default="resnet50", help="of random and torchvision; of a file it is read")
-    add("--stem", default="imagenet", choices=["imagenet", "cifar"], help="of random; of a file it is read")
-    add("--size", type=number(int, 12, 1024), help="pixels (default: of the run beside FILE, or of small "
-        "images of one size, or 224)")
-    add("--out", help="directory; the same command again resumes (default: beside FILE)")
+        ":/path/to/it (default ./data); left out: built-in patterns")
+    add("--labels", help="percentage of each class to train on, or a file of image names")
+    add("--arch", default="resnet50", help="of random or torchvision; detected in a file")
+    add("--stem", default="imagenet", choices=["imagenet", "cifar"], help="of random; detected in a file")
+    add("--size", type=number(int, 12, 1024), help="pixels (default: that of FILE's run, or of small "
+        "images of equal size, or 224)")
+    add("--out", help="directory; the same command resumes (default: beside FILE)")
     common.add_run_flags(add)
     add = parser.add_argument_group("settings of some modes").add_argument
-    add("--k", type=count, nargs="+", default=[10, 20, 100, 200], help="neighbours")
-    add("--epochs", type=count, help="(default: 100 in crops, 5 on mosaics, else 20)")
-    add("--batch-size", type=count, default=256, help="images a step over all ranks (16 in segment, depth)")
-    add("--lr", type=rate, nargs="+", default=GRID, help="peak rates of the probes' heads (0.1 in "
+    add("--k", type=count, nargs="+", default=[10, 20, 100, 200], help="numbers of neighbours")
+    add("--epochs", type=count, help="passes over the data (default: 100 in crops, 5 on mosaics, else 20)")
+    add("--batch-size", type=count, default=256, help="images per step, on all ranks (16 in segment, depth)")
+    add("--lr", type=rate, nargs="+", default=GRID, help="peak learning rates of the heads (0.1 in "
         "segment, 0.01 in depth)")
-    add("--wd", type=rate, nargs="+", default=[0.0, 1e-6, 1e-4], help="decays: each with every "
-        "--lr (1e-4 in segment and depth)")
-    add("--lr-head", type=rate, default=0.1, help="peak rate of the classifier, in finetune")
-    add("--lr-backbone", type=rate, default=0.01, help="in finetune; of all weights in segment and "
-        "depth, where 0, the default, freezes them")
-    add("--scales", type=number(float, 0.1, 10), nargs=2, default=[0.5, 2.0], help="of crops in segment and "
-        "depth, least and greatest (default: 0.5 2; of mosaics 1 1)")
-    add("--depth-unit", type=number(float, 1e-6), default=1000.0, help="a metre in depth's PNGs")
-    add("--absolute", action="store_true", help="rates are not multiplied with batch-size / 256, "
-        "as never in segment and depth")
-    add("--warmup-steps", type=number(int, 0), default=0, help="of linear warm-up; then a cosine")
-    add("--last", type=rate, default=0.0, help="where the cosine ends, of the peak")
-    add("--steps", type=count, nargs="+", help="epochs at which rates fall to a tenth (finetune's backbone "
-        "to a fifth), instead of the cosine")
-    add("--area", type=number(float, 0.01, 1), default=0.08, help="least area of a random crop")
-    add("--ema", type=number(float, 0, 0.999999), default=0.0, help="momentum of an average of the heads")
+    add("--wd", type=rate, nargs="+", default=[0.0, 1e-6, 1e-4], help="weight decays, each tried "
+        "with every --lr (1e-4 in segment and depth)")
+    add("--lr-head", type=rate, default=0.1, help="peak learning rate of the classifier in finetune")
+    add("--lr-backbone", type=rate, default=0.01, help="peak learning rate of the backbone in "
+        "finetune, segment and depth; in the last two 0, the default, freezes it")
+    add("--scales", type=number(float, 0.1, 10), nargs=2, default=[0.5, 2.0], help="smallest and largest "
+        "scale of crops in segment and depth (default: 0.5 2; for mosaics 1 1)")
+    add("--depth-unit", type=number(float, 1e-6), default=1000.0, help="value of one metre in depth PNGs")
+    add("--absolute", action="store_true", help="do not multiply rates by batch-size / 256 "
+        "(always so in segment and depth)")
+    add("--warmup-steps", type=number(int, 0), default=0, help="steps of linear warm-up, before the cosine")
+    add("--last", type=rate, default=0.0, help="where the cosine ends, as a fraction of the peak")
+    add("--steps", type=count, nargs="+", help="epochs at which rates drop to a tenth (of the backbone: "
+        "to a fifth), instead of the cosine decay")
+    add("--area", type=number(float, 0.01, 1), default=0.08, help="smallest area of a random crop")
+    add("--ema", type=number(float, 0, 0.999999), default=0.0, help="momentum of the averaged heads")
     parser.set_defaults(subset=0, compile=False)
     given, _ = parser.parse_known_args(argv)
     if given.mode in DENSE:
@@ -131,7 +130,7 @@ def get_args(argv):
         if mode in ("features", *DENSE) and len(modes) > 1:
             fail(f"--mode {args.mode}: {mode} has data of its own, give it alone")
     if args.mode in DENSE and args.labels:
-        fail(f"--labels {args.labels} is for labels of images, and --mode {args.mode} has labels of pixels")
+        fail(f"--labels {args.labels} is for labels of images, and --mode {args.mode} has none: omit it")
     args.scale = 1.0 if args.absolute else args.batch_size / 256
     path = Path(args.backbone)
     if args.backbone in ("random", "torchvision"):
@@ -148,7 +147,7 @@ def get_args(argv):
 # ------------------------------------------------------------------------------------------- backbone
 
 def load_backbone(args):
-    """The network of --backbone; sets args.arch, .stem, .weights (where they were found), .backbone_hash."""
+    """Load the network of --backbone; sets args.arch, .stem, .weights (their source) and .backbone_hash."""
     torch.manual_seed(args.seed)
     args.weights = args.backbone
     if args.backbone == "random":
@@ -170,7 +169,7 @@ def load_backbone(args):
 
 
 def published_weights(arch):
-    """torchvision's supervised weights."""
+    """Supervised weights of torchvision."""
     try:
         return torchvision.models.get_model(arch, weights="IMAGENET1K_V1").state_dict()
     except Exception as error:  # unknown names, no network, a full disk
@@ -179,7 +178,7 @@ def published_weights(arch):
 
 # ----------------------------------------------------------------------------------------------- data
 
-FILE_SETS = {  # data sets of torchvision that are files: the splits to train on; "test" is to test on
+FILE_SETS = {  # data sets of torchvision in files, and the splits to train on; all have a "test"
     "dtd": (datasets.DTD, "train val"),
     "fgvc_aircraft": (datasets.FGVCAircraft, "trainval"),
     "flowers102": (datasets.Flowers102, "train val"),
@@ -191,14 +190,14 @@ Data = collections.namedtuple("Data", "train test fit held")  # rows of train: t
 
 
 def open_labelled(args, device):
-    """Images to train on, --labels of them, and to test on."""
+    """The training images, or those of --labels, and the test images."""
     name, _, root = (args.data or "").partition(":")
     if name in FILE_SETS:
         train, test = common.from_rank_0(lambda: open_files(name, root or "data"))
     else:
-        whole = copy.copy(args)
-        whole.batch_size = 1  # not every mode makes batches
-        _, train, test = common.open_data(whole, device)
+        unbatched = copy.copy(args)
+        unbatched.batch_size = 1  # not every mode has batches, for which open_data wants enough images
+        _, train, test = common.open_data(unbatched, device)
     if test is None:
         fail(f"--data {args.data} has no test images: give a folder with train/ and val/ of class folders")
     train = train.take(train.labelled())
@@ -208,40 +207,40 @@ def open_labelled(args, device):
 
 
 def open_files(name, root):
-    """Training and test images of a data set in FILE_SETS, downloaded where it is missing."""
+    """Training and test images of a data set in FILE_SETS, downloaded if missing."""
     dataset, splits = FILE_SETS[name]
     images = []
     try:
         for group in (splits, "test"):
             items = []
-            for split in group.split():  # with this loader an item is a path and a label, no picture
+            for split in group.split():  # with this loader, items are paths and labels, not decoded
                 part = dataset(root, split=split, download=True, loader=os.fsencode)
                 items += part
             paths, labels = zip(*items, strict=True)
             images.append(common.Images(numpy.array(paths), torch.tensor(labels), part.classes, name))
     except Exception as error:  # nothing there, no network, flowers102 without scipy
-        fail(f"{name} is not in {root} and cannot be had ({error}): give --data {name}:/where/it/lies")
+        fail(f"{name} is not in {root} and cannot be fetched ({error}): give --data {name}:/path/to/it")
     return images
 
 
 def labelled_rows(images, args):
-    """Rows of the images that --labels asks for: per cent of each class, or the files of a list."""
+    """Rows of the images that --labels asks for: a percentage of each class, or the files of a list."""
     if args.labels in map(str, range(1, 101)):
         return stratified(images.labels, int(args.labels) / 100, args.seed, LABELLED, least=1)
     if images.files is None or not os.path.isfile(args.labels):
-        fail(f"--labels {args.labels} is neither per cent nor a file with names of image files")
+        fail(f"--labels {args.labels} is neither a percentage, 1 to 100, nor a file of image names")
     names = {os.path.basename(name) for name in Path(args.labels).read_text().split()}
     rows = []
     for row in range(len(images)):
         if os.path.basename(images.name(row)) in names:
             rows.append(row)
     if len(rows) != len(names):
-        fail(f"--labels {args.labels}: of its {len(names)} images {len(rows)} are in --data")
+        fail(f"--labels {args.labels}: {len(rows)} images of --data match its {len(names)} names")
     return torch.tensor(rows)
 
 
 def stratified(labels, share, seed, choice, least=0):
-    """Rows of a share of each class, rounded, of `least` images at least; the same for a seed."""
+    """Random rows: a share of each class, rounded, at least `least`; the same ones for a given seed."""
     order = common.uniform(seed, 0, torch.arange(len(labels)), choice).argsort()
     chosen = []
     for label in labels.unique():
@@ -251,7 +250,7 @@ def stratified(labels, share, seed, choice, least=0):
 
 
 def plan(args, mode, train, test):
-    """The arguments of a mode, and its data; what leaves too few images is refused."""
+    """The arguments and the data of a mode; settings that leave too few images are refused."""
     args = copy.copy(args)
     args.mode = mode
     args.out = f"{args.out}/{mode}"
@@ -270,7 +269,7 @@ def plan(args, mode, train, test):
 
 
 def set_size(args, images, default=224):
-    """Set args.size, by default that of small images in memory, and args.resize, the side before a crop."""
+    """Set args.size, by default that of small images in memory, and args.resize, the side before cropping."""
     if not args.size:
         args.size = min(images.data.shape[2:]) if images.in_memory else default
     args.resize = 96 if args.size == 96 else args.size * 8 // 7  # 96, STL-10's side, is left as it is
@@ -280,7 +279,7 @@ def set_size(args, images, default=224):
 
 
 def kept_features(args, net, images):
-    """Features (n, D) of the centres of all images and labels (n,); kept on disk for other evaluations."""
+    """Features (n, D) of all images' centre crops and labels (n,), cached on disk for later evaluations."""
     key = common.from_rank_0(lambda: fingerprint(images))
     name = f"{args.backbone_hash}-{key}-{args.size}-{args.precision}.pt"
     path = Path(args.out).parent.parent / "features" / name
@@ -294,7 +293,7 @@ def kept_features(args, net, images):
 
 
 def fingerprint(images):
-    """A hash of the labels and of all pixels or, of files, names and sizes."""
+    """A hash of the labels and of all pixels or, for files, of their names and sizes."""
     if images.in_memory:
         content = hashlib.sha256(images.data.cpu().numpy()).hexdigest()
     elif images.archive:
@@ -306,15 +305,15 @@ def fingerprint(images):
 
 
 def with_one(h):
-    """Features (n, D) and a last column of ones, whose weight in a linear classifier is the bias."""
+    """Append a column of ones to features (n, D), whose weight in a linear classifier is the bias."""
     return F.pad(h, (0, 1), value=1.0)
 
 
 def accuracies(scores, y):
-    """In %, of the scores (m, C) of classes for images with labels (m,)."""
+    """Accuracies in % of class scores (m, C) for images with labels (m,)."""
     hits = (scores.topk(min(5, scores.shape[1])).indices == y[:, None]).double()
-    of_class = torch.stack([hits[y == label, 0].mean() for label in y.unique()])
-    values = dict(top1=hits[:, 0], top5=hits.sum(1), mean_per_class=of_class)
+    per_class = torch.stack([hits[y == label, 0].mean() for label in y.unique()])
+    values = dict(top1=hits[:, 0], top5=hits.sum(1), mean_per_class=per_class)
     return {name: 100 * float(value.mean()) for name, value in values.items()}
 
 
@@ -324,14 +323,14 @@ def choose(weights, h, y):
     for name, weight in weights.items():
         grid[name] = 100 * float(((h @ weight.mT).argmax(1) == y).double().mean())
     best = [name for name in grid if grid[name] == max(grid.values())]
-    return best[len(best) // 2], grid  # of equals the middle one: few images tell few apart
+    return best[len(best) // 2], grid  # the middle one of equals, which few images cannot tell apart
 
 
 # --------------------------------------------------------------------------------------------- modes
 
 
 def knn(args, net, data, device):
-    """The cosine-weighted vote of the k nearest training images."""
+    """Classify by the cosine-weighted vote of the k nearest training images."""
     bank, labels = kept_features(args, net, data.train)
     h, y = kept_features(args, net, data.test)
     ks = [min(k, len(bank)) for k in args.k]
@@ -348,7 +347,7 @@ def knn(args, net, data, device):
 
 
 def write_sheet(path, images, queries, bank, neighbours):
-    """A picture: in each line an image and its nearest ones of the bank, dark where the class is another."""
+    """Save a picture whose rows are an image and its nearest in the bank, darkened if of another class."""
     view = common.View(size=64, resize=64)
     images = common.Crops(images, [view], 0)
     bank = common.Crops(bank, [view], 0)
@@ -363,7 +362,7 @@ def write_sheet(path, images, queries, bank, neighbours):
 
 
 class Heads(nn.Linear):
-    """G linear classifiers of C classes, rows c G + g, in float32; the last column is the bias."""
+    """G linear classifiers of C classes, in rows c G + g, in float32; the last column is the bias."""
 
     def forward(self, h):
         with torch.autocast(h.device.type, enabled=False):
@@ -371,7 +370,7 @@ class Heads(nn.Linear):
 
 
 def train(args, net, data, device):
-    """SGD: on kept features in `cached`, on random crops in `crops`; in `finetune` of the backbone, too."""
+    """Train heads by SGD, on cached features or random crops, and in `finetune` the backbone with them."""
     total = args.epochs * (len(data.fit) // args.batch_size)
     points = list(itertools.product(args.lr, args.wd))
     backbone = net
@@ -427,7 +426,7 @@ def train(args, net, data, device):
 
 
 def score(args, net, backbone, weights, data):
-    """Accuracies on the test images of the head that is best on those held out, and the grid of all."""
+    """Test accuracies of the head that is best on held-out images, and the held-out accuracy of all."""
     best, *_ = weights
     grid = {}
     if len(data.held):
@@ -441,7 +440,7 @@ def score(args, net, backbone, weights, data):
 
 
 def training_batches(args, net, data, device, start, total):
-    """Yields (step, x, labels (n,)); x are random crops and flips, or in `cached` features of centres."""
+    """Yield (step, x, labels (n,)), where x are random crops and flips, or features in `cached`."""
     order = common.epoch_order(len(data.fit), args, start, total)
     if args.mode == "cached":
         h, y = kept_features(args, net, data.train)
@@ -455,20 +454,20 @@ def training_batches(args, net, data, device, start, total):
 
 
 def schedule(args, step, total, fall):
-    """What peak rates are multiplied with: a cosine, or `fall` at each epoch of --steps."""
+    """The factor of the peak rates: a warm-up and a cosine, or a drop by `fall` at each epoch of --steps."""
     if args.steps:
         return fall ** sum(step >= total * epoch // args.epochs for epoch in args.steps)
     return common.warmup_cosine(step, args.warmup_steps, total, last=args.last)
 
 
 def fit_logistic(h, y, penalty, start):
-    """Multinomial logistic regression by L-BFGS: the least of mean cross-entropy + penalty / 2 |W|^2.
+    """Multinomial logistic regression by L-BFGS: minimise mean cross-entropy + penalty / 2 |W|^2.
 
-    h (n, D + 1), with a last column of ones, and y (n,); start (C, D + 1): W, and the bias, which is not
-    penalised.
+    h (n, D + 1) ends in a column of ones; y (n,); start (C, D + 1): W and, as last column, the bias, which is
+    not penalised.
     """
     weight = start.clone().requires_grad_()
-    tolerance = 1e-5 / len(start)  # of a gradient that is spread over the classes
+    tolerance = 1e-5 / len(start)  # the gradient is spread over the classes
     optimizer = torch.optim.LBFGS(
         [weight], max_iter=2000, tolerance_grad=tolerance, tolerance_change=0, line_search_fn="strong_wolfe"
     )
@@ -484,14 +483,14 @@ def fit_logistic(h, y, penalty, start):
 
 
 def lbfgs(args, net, data, device):
-    """Logistic regression at 45 penalties, strong to weak; the best on held-out images is fitted to all."""
+    """Logistic regression at 45 penalties, strong to weak; the best on held-out images is refitted to all."""
     h, y = kept_features(args, net, data.train)
     h_test, y_test = kept_features(args, net, data.test)
     h = h.double()
     mean = h.mean(0)
-    size = h.var(0).sum().sqrt()  # divided by it, a penalty means the same for every backbone
-    h = with_one((h - mean) / size)
-    h_test = with_one((h_test - mean) / size)
+    scale = h.var(0).sum().sqrt()  # divided by it, a penalty means the same for every backbone
+    h = with_one((h - mean) / scale)
+    h_test = with_one((h_test - mean) / scale)
 
     weight = h.new_zeros(len(data.train.classes), h.shape[1])
     weights = {}
@@ -515,7 +514,7 @@ def embed(args, net, device):
         fail("--mode features is for your own images: give --data FOLDER, or a zip")
     images = common.from_rank_0(lambda: common.list_all(Path(args.data)))
     images.labels.fill_(-1)  # folders need not be classes
-    images.unreadable_limit = 1.0  # whatever their number, they are left out
+    images.unreadable_limit = 1.0  # however many there are, they are left out
     images = common.to_memory(images, device)
     set_size(args, images)
     common.resume(args, {})  # makes the directory
@@ -529,14 +528,14 @@ def embed(args, net, device):
             h, _ = common.features(net, images, part, args, args.resize)
             unreadable = torch.zeros(len(images), device=device)
             unreadable[list(images.unreadable)] = 1
-            readable = common.all_reduce(unreadable)[part] == 0  # of all ranks
+            readable = common.all_reduce(unreadable)[part] == 0  # on all ranks
             rows.append(part[readable.cpu()])
             file.write(h[readable].cpu().numpy().tobytes())
         rows = torch.cat(rows)
         file.seek(0)
         write_header(file, len(rows), net.inplanes)
     if common.rank() == 0:
-        names = [images.name(row).replace("\n", "\\n") for row in rows]  # a line each
+        names = [images.name(row).replace("\n", "\\n") for row in rows]  # one per line
         (out / "names.txt").write_bytes(os.fsencode("".join(f"{name}\n" for name in names)))
         temporary.replace(out / "features.npy")
         write_neighbours(out, images, rows)
@@ -546,13 +545,13 @@ def embed(args, net, device):
 
 
 def write_header(file, rows, width):
-    """The first bytes of a .npy file of float32 (rows, width), whose number does not depend on `rows`."""
+    """Write the header of a .npy file of float32 (rows, width); its length does not depend on `rows`."""
     header = dict(descr="<f4", fortran_order=False, shape=(rows, width))
     numpy.lib.format.write_array_header_1_0(file, header)
 
 
 def write_neighbours(out, images, rows):
-    """The picture of nearest neighbours among the images `rows`, whose features are in features.npy."""
+    """Save a picture of nearest neighbours among the images `rows`, whose features are in features.npy."""
     saved = numpy.load(out / "features.npy", mmap_mode="r")
     queries = common.evenly(torch.arange(len(rows)), 12)
     h = F.normalize(torch.tensor(saved[queries]), dim=1)
@@ -572,9 +571,9 @@ Checked = collections.namedtuple("Checked", "image_shape shape dtype highest cou
 
 
 class DenseImages(common.Images):
-    """Images with a target, a class or a depth for each pixel. Class 255 and depth 0 do not count.
+    """Images with a target for each pixel, a class or a depth; class 255 and depth 0 are ignored.
 
-    targets are paths of PNGs, or masks in memory (n, H, W). labels are all 0.
+    targets: paths of PNGs, or masks in memory (n, H, W). The labels of the images are all 0.
     """
 
     def __init__(self, images, targets, mode, depth_unit=1, first_class=0):
@@ -582,7 +581,7 @@ class DenseImages(common.Images):
         self.targets = targets
         self.mode = mode
         self.depth_unit = depth_unit
-        self.first_class = first_class  # ADE20K's is 1, and its 0 does not count
+        self.first_class = first_class  # 1 in ADE20K, where 0 is ignored
         self.ignored = 0 if mode == "depth" else 255
 
     def take(self, rows):
@@ -590,7 +589,7 @@ class DenseImages(common.Images):
         return DenseImages(super().take(rows), targets, self.mode, self.depth_unit, self.first_class)
 
     def read_target(self, i):
-        """An array (H, W): classes as uint8, or depths in metres as float32."""
+        """The target of image i (H, W): classes as uint8, or depths in metres as float32."""
         if self.in_memory:
             return self.targets[i]
         with Image.open(self.targets[i]) as picture:
@@ -600,12 +599,12 @@ class DenseImages(common.Images):
         return target - numpy.uint8(self.first_class)  # 0 - 1 is 255
 
     def check(self, i):
-        """What there is to know about the target of image i; None where it cannot be read."""
+        """What check_targets needs to know of image i and its target; None if either cannot be read."""
         try:
             with Image.open(self.data[i]) as picture:
                 width, height = picture.size
             target = self.read_target(i)
-        except Exception:  # Pillow raises many types
+        except Exception:  # Pillow raises many types of error
             return None
         counted = target[target != self.ignored]
         return Checked((height, width), target.shape, target.dtype, counted.max(initial=0), counted.size)
@@ -644,9 +643,9 @@ def open_dense(args):
 
 
 def draw_mosaics(n, split):
-    """n images of 64 pixels, of two kinds of built-in images side by side or one above the other."""
+    """Draw n images of 64 x 64 pixels: built-in patterns of two classes, side by side or stacked."""
     patterns = common.draw_patterns(4 * n, split)
-    pairs = patterns.labels.argsort().view(2 * n, 2)  # of one kind
+    pairs = patterns.labels.argsort().view(2 * n, 2)  # of one class
     tiles = pairs[common.uniform(0, split, torch.arange(2 * n), 8).argsort()].view(n, 2, 2)
     tiles[1::2] = tiles[1::2].mT.clone()
     images = patterns.data[tiles].permute(0, 3, 1, 4, 2, 5).reshape(n, 3, 64, 64)
@@ -656,12 +655,12 @@ def draw_mosaics(n, split):
 
 
 def open_voc(root, split):
-    """A split of PASCAL VOC 2012, downloaded where it is missing."""
+    """A split of PASCAL VOC 2012, downloaded if missing."""
     try:
         missing = not Path(root, "VOCdevkit/VOC2012").is_dir()
         voc = datasets.VOCSegmentation(root, image_set=split, download=missing)
-    except Exception as error:  # no network, or a part of it is missing
-        fail(f"voc2012 is not in {root} and cannot be had ({error}): give --data voc2012:/where/it/lies")
+    except Exception as error:  # no network, or files are missing
+        fail(f"voc2012 is not in {root} and cannot be fetched ({error}): give --data voc2012:/path/to/it")
     paths = numpy.array([os.fsencode(path) for path in voc.images])
     images = common.Images(paths, torch.zeros(len(paths)), [], f"voc2012 {split}")
     return DenseImages(images, voc.masks, "segment")
@@ -670,7 +669,7 @@ def open_voc(root, split):
 def list_pairs(args, folder, targets, first_class=0):
     """The images of a folder with their targets, PNGs of the same names in another folder."""
     if not folder.is_dir() or not targets.is_dir():
-        fail(f"--data {args.data}: there is no {folder}, or no {targets} (see --help for what it can be)")
+        fail(f"--data {args.data}: {folder} or {targets} is missing (--help says what --data can be)")
     images = common.list_folder(folder)
     paths = []
     for path in images.data:
@@ -680,7 +679,7 @@ def list_pairs(args, folder, targets, first_class=0):
 
 
 def check_targets(args, images):
-    """The images whose targets can be read, and the largest class; targets that do not fit are refused."""
+    """The images whose targets can be read, and the largest class; unsuitable targets are refused."""
     with ThreadPoolExecutor(args.workers or 1) as pool:
         checks = list(tqdm(pool.map(images.check, range(len(images))), "targets", len(images), delay=10))
     rows = [row for row, check in enumerate(checks) if check]
@@ -698,24 +697,24 @@ def check_targets(args, images):
                 f"{check.image_shape}: give 8-bit masks or 16-bit depths of the size of the image"
             )
     if not sum(checks[row].counted for row in rows):
-        fail(f"--data {args.data}: no pixel of {images.targets[0].parent} counts, all are {images.ignored}")
+        fail(f"--data {args.data}: no pixel of {images.targets[0].parent} counts: all are {images.ignored}")
     return images.take(torch.tensor(rows)), max(int(checks[row].highest) for row in rows)
 
 
 class DenseCrops(torch.utils.data.Dataset):
-    """What a worker does: an image and its target are read, and cropped alike."""
+    """What a worker does: read an image and its target, and crop both alike."""
 
     def __init__(self, images, args):
         self.images = images
         self.args = args
 
-    def __getitem__(self, place):
-        """(image, target, whether the image can be read) of (epoch, row); whole where epoch is None."""
-        epoch, row = place
+    def __getitem__(self, key):
+        """(image, target, whether the image can be read) of (epoch, row); uncropped if epoch is None."""
+        epoch, row = key
         image = self.images.read(row)
         target = torch.from_numpy(self.images.read_target(row))
         readable = image is not None
-        if not readable:  # its pixels do not count
+        if not readable:  # its pixels are ignored
             image = torch.zeros(3, *target.shape, dtype=torch.uint8)
             target = torch.full_like(target, self.images.ignored)
         if epoch is not None:
@@ -724,7 +723,7 @@ class DenseCrops(torch.utils.data.Dataset):
         return image, target, readable
 
     def crop(self, image, target, zoom, down, right, flip):
-        """A square of an image at a scale from --scales, and of its target; flipped in half of all cases."""
+        """Crop a square from an image and its target, at a scale from --scales, and flip half of them."""
         size = self.args.size
         low, high = self.args.scales
         scale = low + zoom * (high - low)
@@ -745,20 +744,20 @@ class DenseCrops(torch.utils.data.Dataset):
         return image, target
 
 
-def dense_loader(images, args, device, **places):
-    """Batches of DenseCrops, which workers make."""
+def dense_loader(images, args, device, **sampling):
+    """A DataLoader of DenseCrops."""
     return torch.utils.data.DataLoader(
         DenseCrops(images, args),
         num_workers=args.workers,
         worker_init_fn=common.ignore_signals,
         pin_memory=device.type == "cuda",
         timeout=300 if args.workers else 0,
-        **places,
+        **sampling,
     )
 
 
 def dense_batches(args, data, device, start, total):
-    """Yields (step, x (n, 3, S, S), targets (n, S, S)), random crops, of the steps start .. total - 1."""
+    """Yield (step, x (n, 3, S, S), targets (n, S, S)), random crops, for steps start .. total - 1."""
     order, ahead = itertools.tee(common.epoch_order(len(data.fit), args, start, total))
     batches = ([(epoch, row) for row in data.fit[index].tolist()] for _, epoch, index in ahead)
     loader = dense_loader(data.train, args, device, batch_sampler=batches)
@@ -769,16 +768,16 @@ def dense_batches(args, data, device, start, total):
 
 
 def output_stride(net, args):
-    """Pixels of the image for each place of the last map: 32 where it is not 8 and cannot be made 8."""
+    """Pixels per cell of the last feature map: 8 or, where dilation cannot make it 8, 32."""
     basic_blocks = not hasattr(net.layer4[0], "conv3")
     return 32 if args.stem == "imagenet" and basic_blocks else 8
 
 
 def dense_network(args, net, channels):
-    """The backbone up to its last map, and BN and a 1 x 1 convolution, or with --lr-backbone an FCN's head.
+    """The backbone up to its last map, then BN and a 1 x 1 convolution or, with --lr-backbone, an FCN head.
 
-    Bottlenecks get output stride 8: in stages 3 and 4, convolutions are dilated instead of strided.
-    torchvision's basic blocks cannot be dilated. With the CIFAR stem it is 8 without.
+    Bottlenecks get output stride 8 by dilated convolutions in stages 3 and 4, in place of strided ones;
+    torchvision's basic blocks cannot be dilated. With the CIFAR stem, the output stride is 8 anyway.
     """
     if args.stem == "imagenet" and args.output_stride == 8:
         strides = dict(replace_stride_with_dilation=[False, True, True], norm_layer=common.BatchNorm)
@@ -793,13 +792,13 @@ def dense_network(args, net, channels):
         head[3] = nn.Identity()  # dropout would depend on the number of ranks and on interruptions
     else:
         head = nn.Sequential(common.BatchNorm(net.inplanes), nn.Conv2d(net.inplanes, channels, 1))
-    stages = collections.OrderedDict(list(net.named_children())[:-2])  # not the pooling, nor the classifier
+    stages = collections.OrderedDict(list(net.named_children())[:-2])  # without pooling and classifier
     backbone = copy.deepcopy(nn.Sequential(stages)).requires_grad_(args.lr_backbone > 0)
     return nn.Sequential(collections.OrderedDict(backbone=backbone, classifier=head))
 
 
 def dense_loss(scores, target, args):
-    """The mean over pixels of all ranks that count: cross-entropy, or the absolute error of the log depth."""
+    """The mean over valid pixels of all ranks: cross-entropy, or the absolute error of the log depth."""
     scores = F.interpolate(scores.float(), target.shape[1:], mode="bilinear")
     if args.mode == "segment":
         counted = target != 255
@@ -813,7 +812,7 @@ def dense_loss(scores, target, args):
 
 
 def train_dense(args, net, data, device, lr, wd):
-    """SGD of the head, and with --lr-backbone of all weights; the network, from images to maps of scores."""
+    """Train the head, or with --lr-backbone all weights, by SGD; returns the network."""
     channels = 1 if args.mode == "depth" else len(data.train.classes)
     online = common.prepare(dense_network(args, net, channels), device)
     online.backbone.train(args.lr_backbone > 0)
@@ -863,14 +862,14 @@ def predict(online, image, shape, args, device):
 
 
 def confusion(scores, target):
-    """Numbers (C + 1, C) of pixels of each true and predicted class; those in the last row do not count."""
+    """Counts (C + 1, C) of pixels by true and predicted class; the last row is for ignored pixels."""
     classes = len(scores)
     index = target.long().clamp(max=classes) * classes + scores.argmax(0)
     return index.flatten().bincount(minlength=(classes + 1) * classes).view(classes + 1, classes)
 
 
 def depth_errors(scores, target):
-    """Of the pixels that count: how many, within 1.25, 1.25^2, 1.25^3; sums of relative, squared errors."""
+    """Over valid pixels: their number; those within 1.25, 1.25^2, 1.25^3; sums of relative, squared error."""
     counted = target > 0
     true = target[counted].double()
     predicted = scores[0][counted].double().exp()
@@ -881,7 +880,7 @@ def depth_errors(scores, target):
 
 
 def metrics_of(sums, classes):
-    """In %, but rms in metres, from the sum over images of confusion or of depth_errors."""
+    """Metrics in %, rms in metres, from the sum over images of confusion() or depth_errors()."""
     if sums.ndim == 1:
         *shares, square = (sums[1:] / sums[0]).tolist()
         values = dict(zip(["delta1", "delta2", "delta3", "rel"], shares, strict=True))
@@ -890,33 +889,33 @@ def metrics_of(sums, classes):
     hits = counts.diag()
     union = counts.sum(0) + counts.sum(1) - hits
     iou = {}
-    for label in (union > 0).nonzero()[:, 0].tolist():  # classes that are in labels or predictions
+    for label in (union > 0).nonzero()[:, 0].tolist():  # classes that occur in targets or predictions
         iou[classes[label]] = 100 * float(hits[label] / union[label])
     accuracy = 100 * float(hits.sum() / counts.sum())
     return dict(miou=sum(iou.values()) / len(iou), pixel_accuracy=accuracy, iou=iou)
 
 
 def measure(online, images, rows, args, device):
-    """Metrics over all pixels of some images, which are predicted whole, and divided among the ranks."""
+    """Metrics over all pixels of the uncropped images in `rows`, which are divided among the ranks."""
     rows = rows[common.rank() :: common.world()].tolist()
-    places = [(None, row) for row in rows]
+    keys = [(None, row) for row in rows]
     if args.mode == "depth":
-        count = depth_errors
+        statistics = depth_errors
         sums = torch.zeros(6, dtype=torch.float64, device=device)
     else:
-        count = confusion
+        statistics = confusion
         classes = len(images.classes)
         sums = torch.zeros(classes + 1, classes, dtype=torch.int64, device=device)
-    loader = dense_loader(images, args, device, batch_size=None, sampler=places)
+    loader = dense_loader(images, args, device, batch_size=None, sampler=keys)
     for row, (image, target, readable) in zip(rows, loader, strict=True):
         if not readable:
             images.report([row])
-        sums += count(predict(online, image, target.shape, args, device), target.to(device))
+        sums += statistics(predict(online, image, target.shape, args, device), target.to(device))
     return metrics_of(common.all_reduce(sums), images.classes)
 
 
 def write_predictions(path, online, images, args, device):
-    """A picture of eight test images, each with its target and the prediction; in depths, near is bright."""
+    """Save a picture of eight test images, their targets and predictions; near depths are bright."""
     hues = math.tau * 0.618 * torch.arange(256)[:, None] + torch.tensor([0, 2.1, 4.2])
     colours = (0.5 + 0.5 * hues.cos()) * (1 - 0.25 * (torch.arange(256) % 3))[:, None]
     colours[255] = 1
@@ -938,7 +937,7 @@ def write_predictions(path, online, images, args, device):
 
 
 def dense(args, net, data, device):
-    """Train with each rate and decay in turn; the best on held-out images is tested."""
+    """Train with each rate and decay in turn, and test the network that is best on held-out images."""
     args.output_stride = output_stride(net, args)
     points = list(itertools.product(args.lr, args.wd))
     networks = {}
@@ -984,7 +983,7 @@ PROTOCOLS = {
 
 
 def protocol(args, data):
-    """How numbers were made, in a line for a caption."""
+    """Describe in a line, for a caption, how results were obtained."""
     rule = f"falling at epochs {args.steps}" if args.steps else f"cosine to {args.last:g}"
     head = "BN and a 1 x 1 convolution on the frozen backbone"
     if args.lr_backbone:
@@ -999,7 +998,7 @@ def protocol(args, data):
 
 
 def print_table(results, how):
-    """The protocol, and a line of numbers for each result; the IoU of each class is in the record alone."""
+    """Print the protocol and a line for each result; the IoU of each class is only in results.jsonl."""
     names = [name for name in next(iter(results.values())) if name != "iou"]
     width = max(map(len, results))
     unit = "%, rms in m" if "rms" in names else "%"

@@ -20,7 +20,7 @@ Li, Pogodin, Sutherland, Gretton, NeurIPS 2021, arXiv 2106.08320. Official code:
 Unlike the official code: random features are drawn exactly, as a scale mixture of Gaussians, where it samples
 a truncated table that takes 200 s to compute; the scale c follows random pairs, not all pairs of two random
 samples; the target network starts as a copy of the online one; and averages include BN statistics. The logged
-`dependence` is HSIC(Z, Y) without the pairs of a view with itself: it is 0 where Z ignores identity.
+`dependence` is HSIC(Z, Y) without the pairs of a view with itself: it is 0 if Z ignores identity.
 """
 
 import argparse
@@ -35,7 +35,7 @@ import common
 
 # ----------------------------------------------------------------------------------------- the loss
 
-# A draw has M N 2 f features. Where that is less than these, several draws are in one product.
+# A draw has M N 2 f features; several draws share a product of up to about this many features.
 FEATURES_AT_ONCE = {"cpu": 1, "cuda": 2**25}  # a CPU's cache is small, and a GPU waits for each product
 
 
@@ -66,7 +66,7 @@ def random_features(z, omega, phase, c=1.0):
 
 
 def hsic_zy(phi):
-    """HSIC(Z, Y) of phi (..., M, N, f) of M views; pairs of a view with itself are kept, as officially."""
+    """HSIC(Z, Y) of phi (..., M, N, f) of M views; pairs of a view with itself count, as officially."""
     M, N, _ = phi.shape[-3:]
     same = phi.sum(-3).square().sum((-2, -1)) / (N * M * (M - 1))
     return same - phi.mean((-3, -2)).square().sum(-1)
@@ -97,7 +97,7 @@ def hsic_loss(zs, c=1.0, gamma=3.0, kernel="imq", f=512, seed=0, step=0, draws=1
 def loss_of_draws(z_all, c, gamma, kernel, f, seed, step, draws):
     """The mean of L over draws of features, of which a rank computes every W-th, for z_all (M, N, d).
 
-    Activations of all draws would not fit into memory, so that gradients are computed along with the loss.
+    The activations of all draws would not fit into memory, so each draw's gradient is computed with its loss.
     """
     M, N, d = z_all.shape
     W = common.world()
@@ -112,14 +112,14 @@ def loss_of_draws(z_all, c, gamma, kernel, f, seed, step, draws):
             phi = random_features(z, omega[:, :, 0], phase[:, 0], c).permute(2, 0, 1, 3)  # (G, M, N, f)
             psi = random_features(z, omega[:, :, 1], phase[:, 1], c).permute(2, 0, 1, 3)
             zy = hsic_zy(phi)  # (G,)
-            zz = hsic_zz(phi, psi)  # with phi twice, it would be biased
+            zz = hsic_zz(phi, psi)  # phi twice would be biased
             root = (zz + 1e-14).sqrt()  # its gradient is finite at collapse
             loss = gamma * root - zy
             grad += torch.autograd.grad(loss.sum() / draws, z)[0]
         self_pairs = phi.detach().square().sum((1, 2, 3)) / (N * M * (M - 1))
         sums += torch.stack([loss, zy, root, self_pairs]).detach().sum(1) / draws
     loss, zy, root, self_pairs = common.all_reduce(sums)
-    product = W * (z_all * grad).sum()  # has this gradient; the backward of all_gather adds up the ranks'
+    product = W * (z_all * grad).sum()  # its gradient is W grad, which all_gather sums over ranks in backward
     loss = loss + (product - product.detach())
     return loss, dict(hsic_zy=zy, sqrt_hsic_zz=root, dependence=zy - self_pairs)
 
@@ -136,23 +136,23 @@ def kernel_of(r2, kernel, c):
 def exact_loss(zs, z_all, c, gamma, kernel):
     """L with the kernel itself, in O(N^2), for normalised zs (M, n, d) and those of all ranks (M, N, d).
 
-    Each rank has its own rows of the Gram matrix, against detached columns of all ranks. By symmetry that is
-    half of the gradient: doubled below. The centring is constant: sum (HKH)^2 has the derivative 2 <HKH, dK>.
+    Each rank computes its own rows of the Gram matrix, against detached columns of all ranks. By symmetry
+    that is half of the gradient, doubled below. Centring is constant: d sum (HKH)^2 = 2 <HKH, dK>.
     """
     M, n, _ = zs.shape
     first = common.rank() * n * M
-    own = slice(first, first + n * M)
+    local = slice(first, first + n * M)
     rows = zs.transpose(0, 1).flatten(0, 1)  # (n M, d), the views of an image together
     columns = z_all.transpose(0, 1).flatten(0, 1)
     r2 = (2 - 2 * rows @ columns.mT).clamp(min=0)  # (n M, N M)
     K = kernel_of(r2, kernel, c)
     NM = K.shape[1]
     mean = common.all_gather(K.detach().mean(1))  # (N M,)
-    centred = K - mean[own, None] - mean + mean.mean()
-    same = K[:, own].view(n, M, n, M).diagonal(dim1=0, dim2=2)  # (M, M, n)
+    centred = K - mean[local, None] - mean + mean.mean()
+    same = K[:, local].view(n, M, n, M).diagonal(dim1=0, dim2=2)  # (M, M, n)
     sums = torch.stack([same.sum(), K.sum(), centred.square().sum()])
-    same, every, square = common.all_reduce(sums)
-    zy = same / (NM * (M - 1)) - every / NM**2
+    same, total, square = common.all_reduce(sums)
+    zy = same / (NM * (M - 1)) - total / NM**2
     zz = square / NM**2
     zy = 2 * zy - zy.detach()  # the same value, twice the gradient
     zz = 2 * zz - zz.detach()
@@ -167,14 +167,14 @@ class KernelScale(nn.Module):
 
     r^2: squared distances of random pairs from the global batch. IMQ: log c - 3/2 E log(c^2 + r^2), largest
     where 3 c^2 E[1 / (c^2 + r^2)] = 1; gaussian: -2 log c - E r^2 / 2 c^2, largest where c^2 = E r^2 / 2.
-    With `adam`, c makes a step towards it when optimizer.step() is called; with `adaptive`, it is there at
-    once.
+    With `adam`, optimizer.step() takes c a step towards the maximum; with `adaptive`, forward() sets c to it
+    at once.
     """
 
-    def __init__(self, kernel, how):
+    def __init__(self, kernel, rule):
         super().__init__()
         self.kernel = kernel
-        self.how = how
+        self.rule = rule
         self.c = nn.Parameter(torch.ones(()))
         self.optimizer = torch.optim.Adam([self.c], 3e-4)
 
@@ -185,11 +185,11 @@ class KernelScale(nn.Module):
         self.optimizer.load_state_dict(saved)
 
     def forward(self, zs, seed, step):
-        """c for this step's loss, from zs (M, n, d) detached; with `adam`, also its gradient."""
+        """c for the loss of this step, from zs (M, n, d); `adam` also sets its gradient."""
         if self.kernel == "linear":
             return self.c.detach()
         r2 = self.squared_distances(zs.detach(), seed, step)
-        if self.how == "adaptive":
+        if self.rule == "adaptive":
             c2 = r2.mean() / 2
             if self.kernel == "imq":
                 for _ in range(12):  # towards the fixed point
@@ -251,18 +251,18 @@ def get_args(argv=None):
         "--features",
         type=common.number(int, 0),
         help="f, random features in each of the two "
-        "sets of a draw; 0: the kernel itself, the limit of many draws, and on few GPUs faster",
+        "sets of a draw; 0: the exact kernel, the limit of many draws, which is faster on few GPUs",
     )
     add(
         "--draws",
         type=common.number(int, 1),
-        help="G, draws of features a step, divided among ranks; the "
-        "gradient has cosine 0.42 with that of --features 0 for one draw, 0.98 for 128",
+        help="draws of features per step, divided among ranks; the gradient's "
+        "cosine with that of --features 0 is 0.42 for one draw, 0.98 for 128",
     )
-    add("--scale", choices=["adam", "adaptive"], help="c, learned by Adam or at its optimum every step")
+    add("--scale", choices=["adam", "adaptive"], help="c, learned by Adam or set to its optimum every step")
     add("--target", action=argparse.BooleanOptionalAction, help="target network and predictor: M = 4, not 2")
-    add("--tau", type=common.number(float, 0, 1), default=0.99, help="target's first momentum; rises to 1")
-    add("--ema", type=common.number(float, 0, 0.999999), help="momentum of the weights that are evaluated")
+    add("--tau", type=common.number(float, 0, 1), default=0.99, help="target's initial momentum; rises to 1")
+    add("--ema", type=common.number(float, 0, 0.999999), help="momentum of the averages that are evaluated")
     add("--hidden", type=common.number(int, 1), nargs="+", help="widths of the MLPs' hidden layers")
     add("--dim", type=common.number(int, 2), help="d, dimension of the embedding")
     given, _ = parser.parse_known_args(argv)
@@ -302,10 +302,10 @@ def main(args):
     online = common.prepare(Online(args), device)
     average = copy.deepcopy(online.backbone).requires_grad_(False)
     scale = KernelScale(args.kernel, args.scale).to(device)
-    model = common.parallel(online, args, device)  # the same, under DDP
+    model = common.parallel(online, args, device)  # the same, in DDP if on ranks
     optimizer = common.make_optimizer(online, args.optimizer, args.lr, args.wd)
     probe = common.Probe(online.width, train, device)
-    state = dict(data=train, online=online, optimizer=optimizer, probe=probe)  # saved; of the data a hash
+    state = dict(data=train, online=online, optimizer=optimizer, probe=probe)  # saved; of the data, a hash
     state.update(average=average, scale=scale)
     if args.target:
         target = copy.deepcopy(nn.Sequential(online.backbone, online.projector)).requires_grad_(False)

@@ -1,21 +1,21 @@
 """SFRIK: rotation-invariant kernels on the sphere.
 
-Pull the views of an image together, and push the law of the L2-normalised embeddings towards the uniform law
-on the sphere, in maximum mean discrepancy with a kernel K(u, v) = phi(<u, v>):
+Pull the views of an image together, and push the distribution of L2-normalised embeddings towards the uniform
+one on the sphere, by their maximum mean discrepancy (MMD) with a kernel K(u, v) = phi(<u, v>):
 
     L = alpha mse(z1, z2) + (MMD^2(z1) + MMD^2(z2)) / 2,     MMD^2(z) = 1/N^2 sum_ij phi(<z_i, z_j>)
 
 With phi = sum_{l >= 1} b_l P_l, b_l >= 0 and P_l the Legendre polynomial of dimension d, this is the squared
-MMD to the uniform law itself. Other kernels give earlier regularisers: rbf with --log is the uniformity loss
-of Wang and Isola, quadratic (phi = t^2) the Frobenius norm of the covariance.
+MMD to the uniform distribution itself. Other kernels give earlier regularisers: rbf with --log the uniformity
+loss of Wang and Isola, quadratic (phi = t^2) the squared Frobenius norm of the uncentred covariance.
 
 Zheng, Puy, Riccietti, Perez, Gribonval, ICLR 2023, arXiv 2208.00789. Official code: valeoai/sfrik.
 
     python mmd_sphere.py                                            built-in images, a minute on a CPU
     torchrun --nproc_per_node 8 mmd_sphere.py --data /imagenet      the published recipe
 
-Time N^2 d and memory N d + N^2, nothing is d x d. Unlike the official code, each of W ranks computes its own
-rows of the Gram matrix: 1/W of the work, and no gradients of other ranks' rows to communicate.
+It takes time N^2 d and memory N d + N^2; nothing is d x d. Unlike in the official code, each of W ranks
+computes only its own rows of the Gram matrix: 1/W of the work, and no gradients of other rows to communicate.
 """
 
 import argparse
@@ -30,7 +30,7 @@ import common
 
 
 def legendre(t, d, order):
-    """P_0 .. P_order of dimension d >= 2 at t = <u, v> in [-1, 1]; P_l(1) = 1."""
+    """Legendre polynomials P_0 .. P_order of dimension d >= 2 at t = <u, v> in [-1, 1]; P_l(1) = 1."""
     P = [torch.ones_like(t), t]
     for l in range(1, order):
         P.append(((2 * l + d - 2) * t * P[l] - l * P[l - 1]) / (l + d - 2))
@@ -47,7 +47,7 @@ def phi_of(t, d, b, kernel, tau):
 def mmd2(z, b, kernel="legendre", log=False, tau=2.0):
     """MMD^2 of normalised z (n, d) over all ranks; with log, the logarithm of the mean over pairs i != j.
 
-    A rank has its own rows of the Gram matrix, against detached columns of all ranks.
+    Each rank computes its own rows of the Gram matrix, against detached columns of all ranks.
     """
     z_all = common.all_gather(z).detach()  # (N, d)
     N, d = z_all.shape
@@ -57,7 +57,7 @@ def mmd2(z, b, kernel="legendre", log=False, tau=2.0):
         mean = common.all_reduce(phi.sum() - diagonal.sum()) / (N * (N - 1))
     else:
         mean = common.all_reduce(phi.sum()) / N**2
-    mean = 2 * mean - mean.detach()  # the columns' half of the gradient: the Gram matrix is symmetric
+    mean = 2 * mean - mean.detach()  # adds the columns' half of the gradient, by symmetry
     return mean.log() if log else mean
 
 
@@ -156,10 +156,10 @@ def main(args):
     warmup = args.warmup * steps_per_epoch
 
     online = common.prepare(Online(args), device)
-    model = common.parallel(online, args, device)  # the same, under DDP
+    model = common.parallel(online, args, device)  # the same, in DDP if on ranks
     optimizer = common.make_optimizer(online, args.optimizer, args.lr, args.wd)
     probe = common.Probe(online.width, train, device)
-    state = dict(data=train, online=online, optimizer=optimizer, probe=probe)  # saved; of the data a hash
+    state = dict(data=train, online=online, optimizer=optimizer, probe=probe)  # saved; of the data, a hash
     start = common.resume(args, state)
     log = common.Log(args, start, total)
     signals = common.Signals(args)

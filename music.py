@@ -9,8 +9,8 @@ and unit j of segment b in view 2:
       - 1/(N S) sum_n sum_a log sum_i p1[n,a,i] p2[n,a,i]             views agree
 
 There is no momentum network, no stop-gradient, and no normalisation of the embedding. With S > 1 the loss is
-at least -3 log s; it is that where units are equally frequent, segments are independent, and both views of an
-image have the same one-hot code.
+at least -3 log s, which it reaches if units are equally frequent, segments are independent, and both views of
+an image have the same one-hot code.
 
 Niu, Wang 2022, arXiv 2206.06461. The code was not released: the loss is the paper's, the settings come from
 the code of its successor, IMSVD (github.com/niuchuangnn/IMSVD).
@@ -18,7 +18,7 @@ the code of its successor, IMSVD (github.com/niuchuangnn/IMSVD).
     python music.py                                                 built-in images, a minute on a CPU
     torchrun --nproc_per_node 8 music.py --data /imagenet           the recipe `imagenet`
 
-Unlike IMSVD's code, which clamps probabilities at 1e-8, it clamps them at 1e-30, and in logarithms only.
+Unlike IMSVD's code, which clamps probabilities at 1e-8, this clamps them at 1e-30, and only in logarithms.
 """
 
 import torch
@@ -36,8 +36,8 @@ def safe_log(p):
 def music_loss(z1, z2, segment_size, weights=(1, 1, 1), temperature=1):
     """L of embeddings z1, z2 (n, d), float32 or better, over all ranks, and its terms, detached.
 
-    The weights are those of the terms within segments, between segments, and invariance. Raises ValueError
-    where d is not a multiple of the segment size s.
+    weights: those of the terms within segments, between segments, and invariance. Raises ValueError if d is
+    not a multiple of the segment size s.
     """
     n, d = z1.shape
     s = segment_size
@@ -139,10 +139,10 @@ def main(args):
     warmup = args.warmup * steps_per_epoch
 
     online = common.prepare(Online(args), device)
-    model = common.parallel(online, args, device)  # the same, under DDP
+    model = common.parallel(online, args, device)  # the same, in DDP if on ranks
     optimizer = common.make_optimizer(online, args.optimizer, args.lr, args.wd)
     probe = common.Probe(online.width, train, device)
-    state = dict(data=train, online=online, optimizer=optimizer, probe=probe)  # saved; of the data a hash
+    state = dict(data=train, online=online, optimizer=optimizer, probe=probe)  # saved; of the data, a hash
     start = common.resume(args, state)
     log = common.Log(args, start, total)
     signals = common.Signals(args)

@@ -37,7 +37,7 @@ def first_step(*flags):
 
 
 @pytest.mark.slow
-def test_a_compiled_step_is_as_an_eager_one():
+def test_a_compiled_step_equals_an_eager_one():
     for value, compiled in zip(first_step(), first_step("--compile"), strict=True):
         assert (value - compiled).norm() < 1e-5 * (1 + value.norm())
 
@@ -58,7 +58,7 @@ def test_a_compiled_run_resumes_to_the_bit_and_evaluates_eagerly(tmp_path):
 @pytest.mark.parametrize(
     "name, value, message", [("PATH", "", "needs g++"), ("WORLD_SIZE", "2", "--compile on 2 ranks")]
 )
-def test_where_it_cannot_work_it_is_refused(name, value, message, monkeypatch, capsys):
+def test_compile_is_refused_where_it_cannot_work(name, value, message, monkeypatch, capsys):
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv(name, value)
     args = music.get_args([*TINY, "--compile"])

@@ -1,4 +1,4 @@
-"""Images of folders as people have them, of torchvision's data sets, and those that are drawn."""
+"""Images from folders as people have them, from torchvision's data sets, and built-in ones."""
 
 import multiprocessing
 import os
@@ -28,7 +28,7 @@ def open_data(*flags):
 
 
 def write(root, *names):
-    """A picture under each name."""
+    """Save a picture under each name."""
     for name in names:
         path = Path(root, name)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -74,7 +74,7 @@ def test_each_directory_is_listed_once_wherever_links_lead(tmp_path):
 
 
 def make_zip(path, root, *prefixes, method=zipfile.ZIP_STORED):
-    """A zip of a folder, its names below a prefix for each of its entries."""
+    """Zip a folder, with each file below each of the prefixes."""
     with open(path, "wb") as file, zipfile.ZipFile(file, "w", method) as archive:
         for name in sorted(Path(root).rglob("*"), reverse=True):
             for prefix in prefixes:
@@ -142,8 +142,8 @@ ARCHIVES = {  # a name, how it is made in a shell, and what the error says
     "x.zip": ("echo damaged > x.zip", "x.zip cannot be read as a zip: File is not a zip file"),
     "lzma.zip": ("python -m zipfile -c lzma.zip train", "a/x.jpg is compressed by method 14, use zip -0"),
     "key.zip": ("zip -qr -P secret key.zip train", "is encrypted"),
-    "x.tar": ("tar -cf x.tar train", "Mount it, by ratarmount, or make it a zip"),
-    "shards": ("mkdir shards && tar -czf shards/0.tar.gz train", "shards/0.tar.gz: a tar has no directory"),
+    "x.tar": ("tar -cf x.tar train", "mount it with ratarmount, or convert it to a zip"),
+    "shards": ("mkdir shards && tar -czf shards/0.tar.gz train", "shards/0.tar.gz: a tar has no index"),
 }
 
 
@@ -180,7 +180,7 @@ def test_a_folder_named_as_a_data_set_is_mentioned(tmp_path, monkeypatch, capsys
 
 
 def lose_a_worker(signum, errors, *flags):
-    """In a process of its own: torch is told of lost workers at once in the first run of a process alone."""
+    """Lose a worker in a process of its own, since torch notices at once only in a process's first run."""
     multiprocessing.set_start_method("fork", force=True)
     common.Crops.cut = lambda *_: os.kill(os.getpid(), signum)
     with open(errors, "w") as file:
@@ -225,7 +225,7 @@ def test_all_usual_formats_are_read_and_16_bits_are_not_clipped(name, tmp_path):
     assert (image.float() - 153).abs().max() <= 1
 
 
-def test_unreadable_images_are_skipped_and_named_and_above_1_percent_the_run_stops(tmp_path, capsys):
+def test_unreadable_images_are_skipped_and_named_and_above_1_percent_are_fatal(tmp_path, capsys):
     make_folder(tmp_path, 64, splits=["train"])
     args = music.get_args([*TINY, f"--data={tmp_path}", "--workers=1"])
     damaged = tmp_path / "train/a/005.jpg"
@@ -249,7 +249,7 @@ def test_small_images_of_one_size_are_in_memory_others_are_paths_in_an_array(fol
         assert not images.in_memory and len(pickle.dumps(images)) < images.data.nbytes + 2000
 
 
-def test_tiny_imagenet_as_downloaded_trains_and_goes_on_elsewhere_but_not_when_changed(tmp_path, capsys):
+def test_tiny_imagenet_as_downloaded_resumes_when_moved_not_when_changed(tmp_path, capsys):
     make_folder(tmp_path, 8, splits=["train"], classes=["n1/images", "n2/images"])
     make_folder(tmp_path, 2, splits=["val", "test"], classes=["images"])
     flags = ["--epochs=1", "--out", tmp_path / "out", "--data"]
@@ -275,7 +275,7 @@ def test_a_subset_is_the_first_images_of_each_class(big_folder):
     [("cifar10", [[3, 1] * 5, [3, 1] * 5, [3, 1]], 34), ("stl10", [[-1] * 4, [0, 1], [0, 1, 2]], 193)],
 )
 def test_data_sets_of_torchvision_are_read_by_name(name, labels, pixel, tmp_path, monkeypatch):
-    """From files as they are downloaded, with few images, whose bytes count up."""
+    """The files are laid out as downloaded, with few images, whose bytes count up."""
     monkeypatch.setattr(torchvision.datasets.utils, "check_md5", lambda *_: True)
     cifar, stl = tmp_path / "cifar-10-batches-py", tmp_path / "stl10_binary"
     cifar.mkdir()
@@ -292,7 +292,7 @@ def test_data_sets_of_torchvision_are_read_by_name(name, labels, pixel, tmp_path
     assert [images.labels.tolist() for images in parts] == labels and parts[0].data[0, 0, 1, 2] == pixel
 
 
-def test_patterns_are_the_same_in_every_run_and_their_mean_colour_does_not_tell_the_label():
+def test_patterns_never_change_and_their_mean_colour_does_not_predict_labels():
     images, test = common.draw_patterns(2000, 0), common.draw_patterns(500, 1)
     assert images.data.shape == (2000, 3, 32, 32) and images.data.dtype == torch.uint8
     assert images.labels.unique().tolist() == list(range(10))

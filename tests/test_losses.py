@@ -117,7 +117,7 @@ def test_music_is_its_definition_with_all_of_P_in_memory(S, s):
     assert_same(music.music_loss(*zs, s, (2, 3, 5), 0.5)[0], naive, zs)
 
 
-def test_music_wants_segments_of_one_size():
+def test_music_needs_segments_of_equal_size():
     with pytest.raises(ValueError, match="24 .* 5"):
         music.music_loss(*normal(2, 7, 24), 5)
 
@@ -147,7 +147,7 @@ def test_legendre_polynomials_are_orthogonal_on_the_sphere_and_1_at_1():
 
 
 @pytest.mark.parametrize("objective", ["corinfomax", "ldmi"])
-def test_corinfomax_and_ldmi_are_their_definitions_in_blocks_of_the_recursive_joint_covariance(objective):
+def test_corinfomax_and_ldmi_match_blocks_of_the_recursive_joint_covariance(objective):
     """LDMI is 4 / d times the mutual information of Gaussian views."""
     criterion = corinfomax.CorInfoMax(4, 0.3, 0.2, 0.01, 2.0, objective)
     mu, R = torch.zeros(8), 2 * torch.eye(8).double()
@@ -163,7 +163,7 @@ def test_corinfomax_and_ldmi_are_their_definitions_in_blocks_of_the_recursive_jo
         assert_same(criterion(*zs, 5.0)[0], naive[objective], zs)
 
 
-def test_rotation_and_for_music_the_order_of_segments_and_of_units_do_not_matter():
+def test_neither_rotation_nor_for_music_the_order_of_segments_or_units_matters():
     zs = normal(2, 16, 12)
     rotated = zs @ torch.linalg.qr(normal(12, 12))[0]
     assert_near(LOSSES["mmd_sphere"](rotated), LOSSES["mmd_sphere"](zs))
@@ -206,7 +206,7 @@ def test_training_keeps_the_rank_and_without_what_spreads_it_collapses():
     assert ranks[0] < 5 and min(ranks[1:]) > 15
 
 
-def test_corinfomax_survives_a_long_time_near_collapse_with_fewer_images_than_dimensions():
+def test_corinfomax_survives_near_collapse_with_fewer_images_than_dimensions():
     criterion = corinfomax.CorInfoMax(32, 0.1, 0.1)
     for step in range(300):
         zs = F.normalize(1 + 1e-5 * normal(2, 8, 32, seed=step).float(), dim=2).requires_grad_()
@@ -236,7 +236,7 @@ def test_features_are_a_function_of_seed_step_and_draw():
 
 
 @pytest.mark.parametrize("kernel", ["imq", "gaussian"])
-def test_adaptive_scale_is_of_pairs_of_all_views_and_images_and_adam_goes_there(kernel):
+def test_adaptive_scale_is_of_pairs_of_all_rows_and_adam_converges_to_it(kernel):
     zs = 3 * torch.eye(6).view(3, 2, 6)
     adaptive, adam = hsic.KernelScale(kernel, "adaptive"), hsic.KernelScale(kernel, "adam")
     r2 = adaptive.squared_distances(zs, 0, 0)
@@ -248,7 +248,7 @@ def test_adaptive_scale_is_of_pairs_of_all_views_and_images_and_adam_goes_there(
     assert abs(c - adaptive(zs, 0, 0)) < 0.001
 
 
-def test_dependence_is_near_0_when_z_ignores_identity_and_largest_when_views_coincide():
+def test_dependence_is_0_if_z_ignores_identity_and_largest_if_views_coincide():
     zs = normal(2, 256, 64)
     _, ignorant = hsic.hsic_loss(zs, f=0)
     _, coincident = hsic.hsic_loss(zs[:1].expand_as(zs), f=0)

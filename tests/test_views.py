@@ -18,7 +18,7 @@ CHOICES = "flip jitter brightness contrast saturation hue unused gray blur sigma
 
 
 def uniforms(n, **choices):
-    """Uniforms (n, 64) of a view that decide for `choices`, a number or (n,) each, and against all else."""
+    """Uniforms (n, 64) that set `choices`, each a number or (n,), and turn off everything else."""
     u = torch.full((n, 64), 0.999, dtype=torch.double)
     for name, value in choices.items():
         u[:, 40 + CHOICES.index(name)] = value
@@ -30,7 +30,7 @@ def steps_of(images, start, stop, *flags):
     return [[*xs, labels] for _, xs, labels in common.batches(images, args, CPU, start, stop)]
 
 
-def test_draws_are_what_they_were_in_earlier_versions_and_each_of_their_parts_counts():
+def test_draws_are_those_of_earlier_versions_and_depend_on_each_of_their_parts():
     index = torch.arange(3000)
     parts = [(3, 7, index), (4, 7, index), (3, 8, index), (3, 7, index + 1)]
     u = torch.cat([common.draw(*some, views=2)[:, :, 5] for some in parts], 1)
@@ -49,7 +49,7 @@ def test_crop_is_torchvisions_antialiased_bicubic_crop(size):
 
 
 def first_box_that_fits(u, height, width, area):
-    """What crop_boxes draws, of one image and in a loop over the ten tries."""
+    """What crop_boxes draws for one image, as a loop over the ten attempts."""
     for i in range(0, 40, 4):
         pixels = height * width * (area[0] + u[i] * (area[1] - area[0]))
         ratio = 3 / 4 * (16 / 9) ** u[i + 1]
@@ -84,9 +84,9 @@ def test_crop_boxes_are_distributed_as_those_of_random_resized_crop(sides, area)
 
 
 @pytest.mark.parametrize("size, resize", [(32, 36), (64, 73), (224, 256)])
-def test_views_for_evaluation_are_torchvisions_resize_centre_crop_and_normalisation(size, resize):
+def test_evaluation_views_are_torchvisions_resize_crop_and_normalisation(size, resize):
     pixels = (IMAGES * 255).byte()
-    x = common.make_view(pixels, None, common.View(size=size, resize=resize), None, whole=True)
+    x = common.make_view(pixels, None, common.View(size=size, resize=resize), None, uncropped=True)
     wanted = TF.center_crop(TF.resize(pixels / 255, resize, BICUBIC), size).clamp(0, 1)
     wanted = TF.normalize(wanted, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     assert (x - wanted).abs().max() < 1e-4
@@ -129,7 +129,7 @@ def test_an_order_of_jitter_is_of_a_step_and_a_view(monkeypatch):
     assert len(orders) == 24 and len(set(orders[::2])) > 5 and orders[::2] != orders[1::2]
 
 
-def test_views_depend_neither_on_ranks_nor_workers_and_little_on_where_images_are(folder, monkeypatch):
+def test_views_are_the_same_on_all_ranks_and_workers_and_close_in_memory(folder, monkeypatch):
     flags = ["--local-crops=2", "--size=32", "--workers"]
     files = common.list_folder(folder / "train")
     memory = common.to_memory(files, CPU)
@@ -145,14 +145,14 @@ def test_views_depend_neither_on_ranks_nor_workers_and_little_on_where_images_ar
             assert levels.mean() < 3  # solarisation makes many of one
 
 
-def test_every_epoch_has_every_image_once_in_another_order_from_wherever_it_begins():
+def test_every_epoch_has_each_image_once_in_a_new_order_wherever_it_begins():
     args = music.get_args(TINY)
     index = torch.stack([index for _, _, index in common.epoch_order(100, args, 0, 12)]).view(2, 96)
     assert [len(set(order)) for order in index.tolist()] == [96, 96] and not torch.equal(*index)
     assert torch.equal(next(common.epoch_order(100, args, 7, 8))[2], index[1, 16:32])
 
 
-def test_local_crops_are_small_and_have_the_first_views_colours_but_no_solarisation():
+def test_local_crops_are_small_with_the_first_views_colours_and_unsolarised():
     first, second, *local = common.views_of(music.get_args([*TINY, "--local-crops=6", "--size=224"]))
     assert first.area == second.area == (0.14, 1)
     assert local == [common.BYOL._replace(area=(0.05, 0.14), blur_p=0.5, size=96)] * 6
