@@ -655,7 +655,7 @@ def open_folder(root):
                 print(f"{root / name}: {counts} are of classes in train", file=sys.stderr)
                 return train, test.take(known)
     print(f"{folder}: training on all {len(train)} images", file=sys.stderr)
-    print(f"no kNN and no probe: {root}/val has no folders named as in {folder}", file=sys.stderr)
+    print(f"no kNN and no probe: these need {root}/val with class folders as in train", file=sys.stderr)
     return train, None
 
 
@@ -1845,7 +1845,8 @@ def finish(log, signals):
     print(f"next: tensorboard --logdir {out}")
     if find_resnet(load_checked(out / "backbone.pth")):  # what eval_linear.py evaluates
         data = f" --data {log.args.data}" if log.args.data else ""
-        print(f"      python eval_linear.py --backbone {out}/backbone.pth{data}")
+        mode = "" if accuracies else " --mode features"  # which needs no labels
+        print(f"      python eval_linear.py --backbone {out}/backbone.pth{data}{mode}")
 
 
 # ------------------------------------------------------------------------------------------------- launch

@@ -5,17 +5,18 @@ one on the sphere, by their maximum mean discrepancy (MMD) with a kernel K(u, v)
 
     L = alpha mse(z1, z2) + (MMD^2(z1) + MMD^2(z2)) / 2,     MMD^2(z) = 1/N^2 sum_ij phi(<z_i, z_j>)
 
-With phi = sum_{l >= 1} b_l P_l, b_l >= 0 and P_l the Legendre polynomial of dimension d, this is the squared
-MMD to the uniform distribution itself. Other kernels give earlier regularisers: rbf with --log the uniformity
-loss of Wang and Isola, quadratic (phi = t^2) the squared Frobenius norm of the uncentred covariance.
+The mse is a mean over all N d coordinates, so alpha grows with d. With phi = sum_{l >= 1} b_l P_l, b_l >= 0
+and P_l the Legendre polynomial of dimension d, this is the squared MMD to the uniform distribution; with other
+kernels it is so up to a constant. These give earlier regularisers: rbf with --log the uniformity loss of Wang
+and Isola, quadratic (phi = t^2) the squared Frobenius norm of the uncentred covariance.
 
 Zheng, Puy, Riccietti, Perez, Gribonval, ICLR 2023, arXiv 2208.00789. Official code: valeoai/sfrik.
 
     python mmd_sphere.py                                            built-in images, a minute on a CPU
     torchrun --nproc_per_node 8 mmd_sphere.py --data /imagenet      the published recipe
 
-It takes time N^2 d and memory N d + N^2; nothing is d x d. Unlike in the official code, each of W ranks
-computes only its own rows of the Gram matrix: 1/W of the work, and no gradients of other rows to communicate.
+On one process it takes time N^2 d and memory N d + N^2, and nothing is d x d. Unlike in the official code,
+each of W ranks computes only its own rows of the Gram matrix: 1/W of the work, and no gradients to exchange.
 """
 
 import argparse
@@ -41,7 +42,9 @@ def phi_of(t, d, b, kernel, tau):
     """phi(t), elementwise, of the kernel K(u, v) = phi(<u, v>) in dimension d."""
     if kernel == "legendre":
         return sum(weight * P for weight, P in zip(b, legendre(t, d, len(b))[1:], strict=True))
-    return torch.exp(-2 * tau * (1 - t)) if kernel == "rbf" else t.square()
+    if kernel == "rbf":
+        return torch.exp(-2 * tau * (1 - t))
+    return t.square()
 
 
 def mmd2(z, b, kernel="legendre", log=False, tau=2.0):
@@ -57,18 +60,18 @@ def mmd2(z, b, kernel="legendre", log=False, tau=2.0):
         mean = common.all_reduce(phi.sum() - diagonal.sum()) / (N * (N - 1))
     else:
         mean = common.all_reduce(phi.sum()) / N**2
-    mean = 2 * mean - mean.detach()  # adds the columns' half of the gradient, by symmetry
+    mean = 2 * mean - mean.detach()  # the same value, twice the gradient, by symmetry: rows and columns
     return mean.log() if log else mean
 
 
 def mmd_sphere_loss(zs, alpha, b, kernel="legendre", log=False, tau=2.0):
     """L of embeddings zs (v, n, d), float32 or better, over all ranks, and its terms, detached.
 
-    With v > 2 views, the invariance is the mean over all pairs of a global view, zs[:2], and another view;
-    the MMD is that of the global views.
+    With v > 2 views, the invariance is the mean over each of the global views, zs[:2], with each other view,
+    so that their own pair counts twice; the MMD is that of the global views.
     """
     zs = F.normalize(zs, dim=2)
-    pairs = [(0, 1)]
+    pairs = [(0, 1)]  # as (1, 0)
     if len(zs) > 2:
         pairs = [(g, other) for g in range(2) for other in range(len(zs)) if other != g]
     invariance = torch.stack([F.mse_loss(zs[g], zs[other]) for g, other in pairs]).mean()
@@ -90,7 +93,7 @@ RECIPES = {
     ),
     "imagenet20-resnet18": dict(  # official, 20 % of ImageNet
         arch="resnet18", stem="imagenet", zero_init=True, hidden=[8192, 8192], dim=8192,
-        size=224, views="byol", subset=260, epochs=100, batch_size=2048,
+        size=224, views="byol", subset=260, epochs=100, batch_size=2048,  # 260 images of each class
         optimizer="lars", lr=1.2, wd=1e-6, warmup=10.0, last_lr=1e-3,
         alpha=4000.0, b=[1.0, 40.0, 40.0],
     ),
@@ -115,19 +118,19 @@ def get_args(argv=None):
     """Arguments from argv, by default the command line; those not given come from the recipe."""
     parser = common.parser_for(__doc__)
     add = parser.add_argument_group("SFRIK").add_argument
-    add("--alpha", type=common.number(float, 0), help="alpha, weight of the invariance")
+    add("--alpha", type=common.number(float, 0), help="weight of the invariance; scale it with --dim")
     add("--kernel", choices=["legendre", "rbf", "quadratic"], default="legendre", help="phi")
-    add(
-        "--b",
-        type=common.number(float, 0),
-        nargs="+",
-        help="b_1, b_2, ..., weights of the Legendre polynomials",
-    )
+    add("--b", type=common.number(float, 0), nargs="+", help="b_1, b_2, ..., weights of the polynomials")
     add("--tau", type=common.number(float, 0), default=2.0, help="tau of the rbf kernel, exp(-2 tau (1 - t))")
     add("--log", action=argparse.BooleanOptionalAction, default=False, help="log of the mean over i != j")
     add("--hidden", type=common.number(int, 1), nargs="+", help="widths of the projector's hidden layers")
     add("--dim", type=common.number(int, 2), help="d, dimension of the embedding")
-    return common.parse(parser, RECIPES, argv)
+    args = common.parse(parser, RECIPES, argv)
+    if args.log and args.kernel == "legendre":
+        common.fail("--log needs --kernel rbf or quadratic: the mean of Legendre polynomials may be negative")
+    if args.tau != parser.get_default("tau") and args.kernel != "rbf":
+        common.fail(f"--tau {args.tau:g} is of --kernel rbf, not {args.kernel}: leave it out")
+    return args
 
 
 # -------------------------------------------------------------------------------------------- model

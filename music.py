@@ -4,21 +4,20 @@ Split an embedding into S segments of s units, take a softmax in each, p1 and p2
 and let P[a,i,b,j] = 1/N sum_n p1[n,a,i] p2[n,b,j] be the joint probability of unit i of segment a in view 1
 and unit j of segment b in view 2:
 
-    L = 1/S sum_a sum_i P[a,i,a,i] log P[a,i,a,i]                     maximise the entropy of each segment
+    L = 1/S sum_a sum_i P[a,i,a,i] log P[a,i,a,i]                     maximise the entropy of agreed units
       + 1/(S (S - 1)) sum_{a != b} sum_ij P[a,i,b,j] log P[a,i,b,j]   and make segments independent
       - 1/(N S) sum_n sum_a log sum_i p1[n,a,i] p2[n,a,i]             views agree
 
-There is no momentum network, no stop-gradient, and no normalisation of the embedding. With S > 1 the loss is
-at least -3 log s, which it reaches if units are equally frequent, segments are independent, and both views of
-an image have the same one-hot code.
+There is no momentum network, no stop-gradient, and no normalisation of the embedding. With unit weights and
+S > 1 the loss is at least -3 log s, which it reaches if units are equally frequent, segments are pairwise
+independent, and both views of an image have the same one-hot code.
 
 Niu, Wang 2022, arXiv 2206.06461. The code was not released: the loss is the paper's, the settings come from
-the code of its successor, IMSVD (github.com/niuchuangnn/IMSVD).
+the code of its successor, IMSVD (github.com/niuchuangnn/IMSVD). That clamps probabilities at 1e-8; this file
+clamps them at 1e-30, and only inside logarithms.
 
     python music.py                                                 built-in images, a minute on a CPU
     torchrun --nproc_per_node 8 music.py --data /imagenet           the recipe `imagenet`
-
-Unlike IMSVD's code, which clamps probabilities at 1e-8, this clamps them at 1e-30, and only in logarithms.
 """
 
 import torch
@@ -54,7 +53,7 @@ def music_loss(z1, z2, segment_size, weights=(1, 1, 1), temperature=1):
     agreement = (p1 * p2).sum(2)  # (n, S)
 
     within = P_log_P.diagonal().sum() / S
-    between = (pairs.sum() - pairs.diagonal().sum()) / max(1, S * (S - 1))
+    between = (pairs.sum() - pairs.diagonal().sum()) / max(1, S * (S - 1))  # 0 if S = 1
     invariance = -common.all_reduce(safe_log(agreement).sum()) / (N * S)
     loss = weights[0] * within + weights[1] * between + weights[2] * invariance
     terms = dict(within=within, between=between, invariance=invariance)
@@ -91,7 +90,7 @@ def get_args(argv=None):
     """Arguments from argv, by default the command line; those not given come from the recipe."""
     parser = common.parser_for(__doc__)
     add = parser.add_argument_group("MUSIC").add_argument
-    add("--segment", type=common.number(int, 1), help="s, number of units in a segment; divides --dim")
+    add("--segment", type=common.number(int, 1), help="s, number of units in a segment; must divide --dim")
     add("--temperature", type=common.number(float, 1e-3), help="of the softmax in a segment")
     weight = common.number(float, 0)
     add("--weights", type=weight, nargs=3, default=[1.0, 1.0, 1.0], help="within, between, invariance")

@@ -41,7 +41,7 @@ def write(root, *names):
         ("train/a/x.jpg train/c/x.jpg val/c/x.jpg val/b/x.jpg", ["a", "c"], [0, 1], [1], "1 of 2"),
         ("train/a/deep/er/x.jpg test/a/x.jpg", ["a"], [0], [0], "1 of 1"),
         ("b/x.jpg a/x.jpg a/._x.jpg .h/x.jpg e/x.txt x.jpg", ["a", "b"], [0, 1, -1], None, "no kNN"),
-        ("train/a/x.jpg val/x.jpg val/e/x.txt", ["a"], [0], None, "no folders named as"),
+        ("train/a/x.jpg val/x.jpg val/e/x.txt", ["a"], [0], None, "val with class folders as in train"),
     ],
 )
 def test_val_is_matched_by_name_or_knn_is_off(names, classes, labels, known, sentence, tmp_path, capsys):

@@ -75,7 +75,7 @@ def fork_loss(name, zs, *more):
     return code["loss_of"](zs, Namespace(seed=0, temperature=0.5), *more)
 
 
-LOSSES = {  # of zs (3, n, 12), this rank's rows; a fork's loss, too, can be tested by a line here
+LOSSES = {  # (loss, terms) of this rank's zs (3, n, 12) in float64; a line here tests a fork's loss, too
     "hsic, exact": lambda zs: hsic_loss(zs, "imq", "adam"),
     "hsic, exact, gaussian": lambda zs: hsic_loss(zs, "gaussian", "adaptive"),
     "hsic, draws": lambda zs: hsic.hsic_loss(zs, 0.8, f=64, draws=5),

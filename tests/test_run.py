@@ -36,6 +36,8 @@ WRONG = {
     "music --data cifar10:{tmp}/file": "cifar10",
     "music --arch vit_b_16": "vit_b_16",
     "hsic --features 0 --draws 4": "--draws 4",
+    "mmd_sphere --log": "--log needs --kernel rbf or quadratic",
+    "mmd_sphere --tau 3": "--tau 3 is of --kernel rbf",
     "music --epoch 3": "--epoch",
     "music --segment 5": "16 is not a multiple of --segment 5",
     "music --compile --micro-batch 4": "--micro-batch 4",
