@@ -103,7 +103,7 @@ def add_run_flags(add):
     add("--log-every", type=number(int, 1), default=50, help="steps between log records")
 
 
-def parser_for(doc, lr="per 256 images: multiplied by batch-size / 256", last_lr="as a fraction of --lr"):
+def parser_for(doc, lr="for 256 images (multiplied by batch-size / 256)", last_lr="as a fraction of --lr"):
     """A parser with the flags of every method; those without a default here get it from the recipe.
 
     lr, last_lr: what --help says of --lr and --last-lr.
@@ -129,7 +129,7 @@ def parser_for(doc, lr="per 256 images: multiplied by batch-size / 256", last_lr
     add = parser.add_argument_group("views").add_argument
     add("--views", choices=list(VIEWS), help="augmentation recipe")
     add("--size", type=number(int, 12, 1024), help="side of the two global views in pixels")
-    add("--local-crops", type=number(int, 0, 64), default=0, help="small extra views, 96/224 of --size")
+    add("--local-crops", type=number(int, 0, 64), default=0, help="small extra views, side 96/224 --size")
     add = parser.add_argument_group("network and optimiser").add_argument
     add("--arch", help="a ResNet of torchvision.models, e.g. resnet18, resnet50, wide_resnet50_2")
     add("--stem", choices=["imagenet", "cifar"], help="cifar: first convolution 3x3, stride 1, no pooling")
@@ -317,7 +317,7 @@ def flip(x, u, p):
 
 
 def drop_colour(x, u, p, luminance):
-    """Turn the images gray whose uniform is below p."""
+    """Remove the colour of the images whose uniform is below p."""
     return torch.where(u < p, gray(x, luminance), x)
 
 
@@ -607,7 +607,7 @@ def list_part(root, part, classes=None):
 
 
 def lister(root):
-    """A function (part, classes) that lists images of a folder or a zip, whose directory is read once."""
+    """A function (part, classes) that lists images of a folder or zip; a zip's directory is read once."""
     refuse_tar(root)
     if root.is_file():
         return partial(list_zip, root, read_directory(root))
@@ -748,7 +748,7 @@ class Crops(torch.utils.data.Dataset):
             image = self.images.read(row)
             if image is not None:
                 break
-        else:  # report() will stop the run
+        else:  # report() stops the run, or embed() leaves the image out
             image = torch.zeros(3, 8, 8, dtype=torch.uint8)
         return self.crops_of(image, u), self.images.labels[row], skipped == 0
 
@@ -1145,12 +1145,12 @@ def load_anything(path):
     """Load a file of torch.save, with Inert in place of all but tensors, containers and numbers."""
     try:
         return load_checked(path)
-    except pickle.UnpicklingError:  # it holds other objects; TorchScript is a RuntimeError
+    except pickle.UnpicklingError:  # it holds other objects; TorchScript raises RuntimeError
         return torch.load(path, "cpu", TensorPickle, weights_only=False)
 
 
 def tensors(content, visited, prefix=""):
-    """All tensors in nested dicts by name, which is their keys joined by dots.
+    """Collect the tensors in nested dicts under names: their keys, joined by dots.
 
     The attributes in which a pickled module holds its parts (_modules, ...) do not appear in the names.
     """
@@ -1416,8 +1416,7 @@ def knn_votes(similarity, labels, classes, temperature=0.07):
 def spectrum(z):
     """Singular values of the L2-normalised, uncentred rows of z (n, d), largest first, with sum 1, on a CPU.
 
-    They are square roots of a Gram matrix's eigenvalues, whose rounding errors float64 keeps small. A CPU
-    computes these faster than a GPU.
+    Square roots of a Gram matrix's eigenvalues, in float64 against rounding errors, on a CPU for speed.
     """
     z = F.normalize(z.double(), dim=1)
     gram = z @ z.mT if len(z) < z.shape[1] else z.mT @ z
@@ -1640,7 +1639,7 @@ def copy_code(source, out, step):
 
 
 def check_finite(step, values, prefix=""):
-    """Fail if a tensor in nested dicts is not finite, with its name."""
+    """Fail if a tensor in nested dicts is not finite, naming it."""
     for key, value in values.items():
         name = f"{prefix}{key}"
         if isinstance(value, dict):
@@ -1650,7 +1649,7 @@ def check_finite(step, values, prefix=""):
 
 
 def check_loss(step, loss, terms):
-    """Fail if the loss is not finite, with its terms."""
+    """Fail if the loss is not finite, listing its terms."""
     values = {name: float(term) for name, term in terms.items()}
     check_finite(step, {f"the loss (with terms {values})": loss})
 
@@ -1859,12 +1858,12 @@ def launch(main, get_args):
     add("--submit", choices=["slurm", "local"], help="run as a SLURM job, or locally in the background, to "
         "try a submission without SLURM")
     add("--sweep", nargs="+", default=[], metavar="FLAG=V1,V2", help="with --submit, a run below --out for "
-        "each combination; true or false switches a flag on or off, 'flag=1 2,3' gives it two values, or one")
-    add("--nodes", type=number(int, 1), default=1)
+        "each combination; true, false: --flag, --no-flag; 'flag=1 2,3': --flag 1 2, then --flag 3")
+    add("--nodes", type=number(int, 1), default=1, help="number of nodes")
     add("--gpus", type=number(int, 0), default=0, help="GPUs per node, one rank each")
     add("--tasks", type=number(int, 1), default=1, help="ranks per node, without GPUs")
     add("--cpus", type=number(int, 1), default=1, help="cores per rank")
-    add("--minutes", type=number(int, 1), default=60, help="time limit, at which a run saves and is requeued")
+    add("--minutes", type=number(int, 1), default=60, help="time limit; a run saves, is requeued, resumes")
     add("--partition", help="partition of the cluster")
     add("--slurm", nargs="+", default=[], metavar="KEY=VALUE", help="more sbatch options: account, qos, ...")
     # fmt: on

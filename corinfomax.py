@@ -135,7 +135,7 @@ def get_args(argv=None):
     """Arguments from argv, by default the command line; those not given come from the recipe."""
     parser = common.parser_for(__doc__, lr="absolute", last_lr="absolute")
     add = parser.add_argument_group("CorInfoMax").add_argument
-    add("--objective", choices=["corinfomax", "ldmi"], default="corinfomax", help="which L")
+    add("--objective", choices=["corinfomax", "ldmi"], default="corinfomax", help="which loss L")
     add("--alpha", type=common.number(float, 0), help="alpha, weight of the invariance")
     add(
         "--forget",

@@ -86,29 +86,29 @@ def get_args(argv):
     add("--data", help=f"folder with train/ and val/; or {', '.join([*common.NAMED, *FILE_SETS])}, with "
         ":/path/to/it (default ./data); left out: built-in patterns")
     add("--labels", help="percentage of each class to train on, or a file of image names")
-    add("--arch", default="resnet50", help="of random or torchvision; a file tells its own")
-    add("--stem", default="imagenet", choices=["imagenet", "cifar"], help="of random; a file tells its own")
+    add("--arch", default="resnet50", help="of random or torchvision; detected in a file")
+    add("--stem", default="imagenet", choices=["imagenet", "cifar"], help="of random; detected in a file")
     add("--size", type=number(int, 12, 1024), help="pixels (default: that of FILE's run, or of small "
         "images of equal size, or 224)")
     add("--out", help="directory; the same command resumes (default: beside FILE)")
     common.add_run_flags(add)
     add = parser.add_argument_group("settings of some modes").add_argument
     add("--k", type=count, nargs="+", default=[10, 20, 100, 200], help="numbers of neighbours")
-    add("--epochs", type=count, help="(default: 100 in crops, 5 on mosaics, else 20)")
+    add("--epochs", type=count, help="passes over the data (default: 100 in crops, 5 on mosaics, else 20)")
     add("--batch-size", type=count, default=256, help="images per step, on all ranks (16 in segment, depth)")
     add("--lr", type=rate, nargs="+", default=GRID, help="peak learning rates of the heads (0.1 in "
         "segment, 0.01 in depth)")
     add("--wd", type=rate, nargs="+", default=[0.0, 1e-6, 1e-4], help="weight decays, each tried "
         "with every --lr (1e-4 in segment and depth)")
     add("--lr-head", type=rate, default=0.1, help="peak learning rate of the classifier in finetune")
-    add("--lr-backbone", type=rate, default=0.01, help="that of the backbone, in finetune; also in "
-        "segment and depth, where 0, the default, freezes it")
+    add("--lr-backbone", type=rate, default=0.01, help="peak learning rate of the backbone in "
+        "finetune, segment and depth; in the last two 0, the default, freezes it")
     add("--scales", type=number(float, 0.1, 10), nargs=2, default=[0.5, 2.0], help="smallest and largest "
         "scale of crops in segment and depth (default: 0.5 2; for mosaics 1 1)")
     add("--depth-unit", type=number(float, 1e-6), default=1000.0, help="value of one metre in depth PNGs")
     add("--absolute", action="store_true", help="do not multiply rates by batch-size / 256 "
         "(always so in segment and depth)")
-    add("--warmup-steps", type=number(int, 0), default=0, help="of linear warm-up, before the cosine decay")
+    add("--warmup-steps", type=number(int, 0), default=0, help="steps of linear warm-up, before the cosine")
     add("--last", type=rate, default=0.0, help="where the cosine ends, as a fraction of the peak")
     add("--steps", type=count, nargs="+", help="epochs at which rates drop to a tenth (of the backbone: "
         "to a fifth), instead of the cosine decay")

@@ -1,4 +1,4 @@
-"""What things cost, side by side: all sides of a comparison take turns in one process.
+"""Benchmarks, side by side: all sides of a comparison take turns in one process.
 
     python tests/bench.py                    reduced sizes, minutes on two CPU cores; on a GPU if there is one
     python tests/bench.py --only d --full    on a GPU: the training step of each method, in ten minutes
@@ -38,7 +38,7 @@ import music
 
 @contextlib.contextmanager
 def timed(device, times):
-    """Append the seconds that pass within, on the clock of the device."""
+    """Append the seconds spent inside the context, by the clock of the device."""
     if device.type == "cpu":
         begin = time.perf_counter()
         yield
@@ -53,7 +53,7 @@ def timed(device, times):
 
 
 def peak_memory(device, reset=False):
-    """MiB at the peak since a reset, which gives those in use; NaN where the kernel does not offer it."""
+    """Peak MiB since a reset, which itself returns the MiB in use; NaN if the kernel does not offer it."""
     if reset:
         gc.collect()
     if device.type == "cuda":
@@ -69,7 +69,7 @@ def peak_memory(device, reset=False):
 
 
 def compare(sides, options, device, number=1):
-    """A row for each side: seconds, ratio to the first side, MiB that it adds, how many things a second."""
+    """Yield a row for each side: seconds, ratio to the first side, MiB added, items per second."""
     times = {name: [] for name in sides}
     for _ in range(options.rounds + 1):
         for name, run in sides.items():
@@ -119,7 +119,7 @@ def input_pipeline(options):
 
 
 def first_batch(train, args, device):
-    """(step, views, labels) as a method's loop has them, from images of 32 pixels in memory."""
+    """(step, views, labels) as the loop of a method gets them, from images in memory."""
     order = common.epoch_order(len(train), args, 0, 1)
     return next(common.view_batches(train, order, common.views_of(args), args, device))
 
@@ -201,7 +201,7 @@ def losses(options):
 
 
 def measure_step(module, options, *flags):
-    """A row: the loop of a method's own `main` takes turns with its networks alone and the augmentation."""
+    """A row of times: main() of a method takes turns with its networks alone and with the augmentation."""
     args = module.get_args([*flags, *options.flags, "--log-every=1000000"])
     times, memory, resume = {"step": [], "network": [], "views": []}, [], mock.Mock(return_value=0)
 

@@ -36,7 +36,7 @@ EVALUATION = """--backbone random --arch resnet18 --device cpu --precision fp32 
 
 
 def exit_code(function):
-    """That of a script whose end is this call; 0 where the call returns."""
+    """Call a function as the last act of a script; the script's exit code."""
     try:
         function()
     except SystemExit as end:
@@ -47,7 +47,7 @@ def exit_code(function):
 
 
 def launch(path, *flags):
-    """Run a script in this process as from a shell; its exit code."""
+    """Run a script in this process as if from a shell; its exit code."""
     argv = patch.object(sys, "argv", list(map(str, [path, *flags])))
     children = patch.object(multiprocessing, "active_children", list)  # which are ranks of other tests
     with argv, children, patch.dict(os.environ):
@@ -55,19 +55,19 @@ def launch(path, *flags):
 
 
 def train(*flags, module=music, usual=TINY):
-    """A tiny run of a method in this process; its exit code."""
+    """Make a tiny run of a method in this process; its exit code."""
     return exit_code(lambda: module.main(module.get_args([*usual, *map(str, flags)])))
 
 
 def start(path, *flags):
-    """A process which runs a script, with torch imported already."""
+    """Start a process that runs a script, with torch already imported."""
     process = FORKSERVER.Process(target=launch, args=(path, *TINY, *flags))
     process.start()
     return process
 
 
 def forked(diff):
-    """music.py with each hunk of a diff applied, which must fit in one place."""
+    """music.py with a diff applied, each hunk of which must match in exactly one place."""
     text = (ROOT / "music.py").read_text()
     for hunk in diff.split("@@\n"):
         before = re.sub(r"(?m)^(\+.*\n|[- ])", "", hunk)
@@ -86,7 +86,7 @@ def forks():
 
 
 def signals(number):
-    """Within, a run gets a signal in each of its steps."""
+    """A context in which a run gets a signal in every step."""
     return patch.object(common.Log, "due", lambda *_: os.kill(os.getpid(), number))
 
 
@@ -99,7 +99,7 @@ def state_of(out):
 
 
 def wait_for(out, step, key):
-    """Until the last record of a run's log has `key`, at `step` or later."""
+    """Wait until the last record of a run's log has `key`, at `step` or later."""
     for _ in range(6000):
         time.sleep(0.05)
         with contextlib.suppress(OSError, ValueError, IndexError):  # not there, or written right now
@@ -116,7 +116,7 @@ def same(a, b):
 
 
 def make_folder(root, count, size=(20, 24), splits=("train", "val"), classes=("a", "b")):
-    """Class folders of `count` JPEGs each, of noise over a ramp whose height is that of the class."""
+    """Make class folders of `count` JPEGs each: noise over a ramp whose height depends on the class."""
     generator = torch.Generator().manual_seed(0)
     for split in splits:
         for c, name in enumerate(classes):
@@ -130,14 +130,14 @@ def make_folder(root, count, size=(20, 24), splits=("train", "val"), classes=("a
 
 
 def on_rank(rank, world, store, function, args):
-    """In a rank's process: the result of a function in a new process group, by value."""
+    """Call a function in a new process group, in the process of a rank; its result, pickled."""
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
     common.leave_ranks()  # of the call before
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     try:
         return pickle.dumps(tree_map_only(torch.Tensor, lambda x: x.detach().clone(), function(*args)))
     except BaseException:
-        common.leave_ranks()  # the others are not to wait for this one
+        common.leave_ranks()  # so that the others do not wait for this one
         raise
 
 
@@ -163,5 +163,5 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def big_folder(tmp_path_factory):
-    """Of images larger than those that are kept in memory: they go through the workers."""
+    """Images that are too large to be kept in memory, so that they go through the workers."""
     return make_folder(tmp_path_factory.mktemp("big"), 20, size=(140, 150))

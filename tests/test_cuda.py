@@ -1,7 +1,7 @@
-"""The path to a GPU, without one: tensors on torch's meta device, of a shape and no values, say cuda:0.
+"""The code for GPUs, without one: tensors on torch's meta device (a shape, no values) claim to be on cuda:0.
 
-Operands must be on one device; what ranks exchange, there and contiguous. In a hurry, kernels are recorded,
-and who waits for the device fails; else 1 comes back from it. NCCL and DDP are not simulated.
+Operands must be on one device; what ranks exchange must be there, and contiguous. In a hurry, kernels are
+recorded, and waiting for the device fails; else all values from it are 1. NCCL and DDP are not simulated.
 """
 
 from unittest.mock import Mock, patch
@@ -41,7 +41,7 @@ class Simulation(TorchDispatchMode):
             return torch.empty_like(args[0]) if name.endswith("elemt") else sums
         try:
             return op(*args, **tree_map_only(torch.device, lambda to: META if to == CUDA else to, kwargs))
-        except RuntimeError:  # values are wanted
+        except RuntimeError:  # the operation needs values
             if self.hurry:
                 raise
         ones = tree_map_only(Tensor, lambda x: torch.ones_like(x, device=CPU) if x.is_meta else x, args)
@@ -59,7 +59,7 @@ def exchange(*tensors, group=None):
 
 @pytest.fixture(params=[1, 8])
 def gpu(request):
-    """There are GPUs, and as many ranks as the parameter says."""
+    """Simulate GPUs, and as many ranks as the parameter says."""
     with (
         patch.multiple(Tensor, device=property(device), __reduce_ex__=lambda x, how: reduce_ex(x.cpu(), how)),
         patch.multiple(cuda, device_count=lambda: 8, set_device=Mock(), _lazy_init=Mock()),
@@ -94,7 +94,7 @@ KERNELS = {  # of such a step, with its views
 
 @pytest.mark.parametrize("name", FLAGS)
 def test_a_step_without_log_or_save_does_not_wait(gpu, name, tmp_path, monkeypatch, folder, big_folder):
-    """The third of four steps neither logs nor saves, nor does it as the first of a resumed run."""
+    """Tests the third of four steps, in a run and again as the first step of a resumed one."""
     batches = common.batches
 
     def until_third(train, args, device, start, _):

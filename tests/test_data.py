@@ -1,4 +1,4 @@
-"""Images of folders as people have them, of torchvision's data sets, and those that are drawn."""
+"""Images from folders as people have them, from torchvision's data sets, and built-in ones."""
 
 import multiprocessing
 import os
@@ -28,7 +28,7 @@ def open_data(*flags):
 
 
 def write(root, *names):
-    """A picture under each name."""
+    """Save a picture under each name."""
     for name in names:
         path = Path(root, name)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -74,7 +74,7 @@ def test_each_directory_is_listed_once_wherever_links_lead(tmp_path):
 
 
 def make_zip(path, root, *prefixes, method=zipfile.ZIP_STORED):
-    """A zip of a folder, its names below a prefix for each of its entries."""
+    """Zip a folder, with each file below each of the prefixes."""
     with open(path, "wb") as file, zipfile.ZipFile(file, "w", method) as archive:
         for name in sorted(Path(root).rglob("*"), reverse=True):
             for prefix in prefixes:
@@ -180,7 +180,7 @@ def test_a_folder_named_as_a_data_set_is_mentioned(tmp_path, monkeypatch, capsys
 
 
 def lose_a_worker(signum, errors, *flags):
-    """In a process of its own: torch is told of lost workers at once in the first run of a process alone."""
+    """Lose a worker in a process of its own, since torch notices at once only in a process's first run."""
     multiprocessing.set_start_method("fork", force=True)
     common.Crops.cut = lambda *_: os.kill(os.getpid(), signum)
     with open(errors, "w") as file:
@@ -275,7 +275,7 @@ def test_a_subset_is_the_first_images_of_each_class(big_folder):
     [("cifar10", [[3, 1] * 5, [3, 1] * 5, [3, 1]], 34), ("stl10", [[-1] * 4, [0, 1], [0, 1, 2]], 193)],
 )
 def test_data_sets_of_torchvision_are_read_by_name(name, labels, pixel, tmp_path, monkeypatch):
-    """From files as they are downloaded, with few images, whose bytes count up."""
+    """The files are laid out as downloaded, with few images, whose bytes count up."""
     monkeypatch.setattr(torchvision.datasets.utils, "check_md5", lambda *_: True)
     cifar, stl = tmp_path / "cifar-10-batches-py", tmp_path / "stl10_binary"
     cifar.mkdir()

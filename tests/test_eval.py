@@ -104,13 +104,13 @@ def test_other_test_labels_change_the_accuracy_but_not_what_is_chosen(tmp_path, 
 @pytest.mark.parametrize("mode", ["crops", "finetune"])
 def test_an_interrupted_evaluation_ends_bit_for_bit_as_one_that_was_not(mode, tmp_path, folder):
     flags = f"--mode {mode} --ema 0.9"
-    out, whole = tmp_path / "out", tmp_path / "whole"
-    assert evaluate(flags, folder, whole) == 0
+    out, uncut = tmp_path / "out", tmp_path / "uncut"
+    assert evaluate(flags, folder, uncut) == 0
     with signals(signal.SIGTERM):
         assert evaluate(flags, folder, out) == 0 and not (out / "results.jsonl").exists()
     assert evaluate(flags, folder, out) == 0
-    assert same(state_of(out / mode), state_of(whole / mode))
-    assert read_log(out, "results.jsonl")[0]["results"] == read_log(whole, "results.jsonl")[0]["results"]
+    assert same(state_of(out / mode), state_of(uncut / mode))
+    assert read_log(out, "results.jsonl")[0]["results"] == read_log(uncut, "results.jsonl")[0]["results"]
     groups = state_of(out / mode)["optimizer"]["param_groups"]
     assert [(group["peak"], group["fall"]) for group in groups] == [(1.0, 0.1), (0.01, 0.2)]
     assert evaluate(f"--backbone {out}/{mode}/model.pth --mode knn", folder, tmp_path / "again") == 0

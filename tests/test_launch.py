@@ -18,7 +18,7 @@ RUN = [*TINY, "--epochs=1"]
 
 
 def submitted(capsys, name, *flags):
-    """For each run of a submission the number of its job, its directory and its log."""
+    """Submit runs: the number of the job, the directory and the log of each."""
     assert launch(name, *flags) == 0
     return re.findall(r"job (.+): (.+), log (.+)", capsys.readouterr().out)
 
@@ -80,8 +80,8 @@ def test_warned_ranks_resume_and_end_as_if_undisturbed(
     assert "unused parameters" not in text  # a warning of DDP's that means nothing here
     starts = json.loads(Path(out, "args.json").read_text())["starts"]
     assert {start["commit"] for start in starts} == {common.provenance(0)["commit"]} and len(starts) == 2
-    assert on_ranks(train, world, *flags, tmp_path / "whole") == [0] * world
-    assert same(state_of(out), state_of(tmp_path / "whole"))
+    assert on_ranks(train, world, *flags, tmp_path / "uncut") == [0] * world
+    assert same(state_of(out), state_of(tmp_path / "uncut"))
 
 
 @pytest.mark.slurm

@@ -117,7 +117,7 @@ SENT = {  # by each of two ranks, n = 8, N = 16, d = 12, forward and backward
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("name", LOSSES)
 def test_loss_terms_state_and_gradient_are_those_of_one_process(name, world, on_ranks):
-    """And communication is as stated."""
+    """And as many numbers are sent as stated in SENT."""
     terms, grad, _ = outcome(name)
     results, grads, sent = zip(*on_ranks(outcome, world, name), strict=True)
     actual = [*results, torch.cat(grads, 1)]
@@ -154,7 +154,7 @@ def test_micro_batches_are_chunks_to_the_bit(world, on_ranks):
 
 
 def run(out, *flags):
-    """The weights after the first and the second epoch of a run, each in a row."""
+    """The weights after the first and after the second epoch of a run, as two rows."""
     assert train(*flags, "--out", out, module=hsic) == 0
     rows = []
     for checkpoint in ("checkpoint-previous.pt", "checkpoint.pt"):

@@ -1,4 +1,4 @@
-"""A run as a user meets it: wrong use, what it leaves, kill and resume, what is not finite, forks."""
+"""A run as a user sees it: wrong use, files, kill and resume, values that are not finite, forks."""
 
 import json
 import os
@@ -102,7 +102,7 @@ def test_what_a_run_leaves_and_that_the_same_command_changes_nothing(tmp_path, f
 
 @pytest.mark.parametrize("left, call", [(TEMPORARY, "os.fsync"), ("args.json", "pathlib.Path.write_text")])
 def test_a_run_killed_at_its_first_moment_starts_again(left, call, tmp_path, folder, monkeypatch):
-    """Before args.json has its name, or before there is a token."""
+    """It is killed before args.json has its name, or before there is a token."""
     flags = ["--data", folder, "--epochs=1", "--out", tmp_path / "out"]
     with patch(call, side_effect=SystemExit(9)):
         assert train(*flags) == 9
@@ -117,35 +117,35 @@ CLIP = """         loss.backward()
 
 
 def test_a_clipping_fork_killed_ten_times_ends_bit_for_bit_as_if_undisturbed(tmp_path, folder):
-    """Each life is killed a little after one more step, or at its start."""
+    """Each process is killed a little after one more step, or at its start."""
     mine = tmp_path / "mine.py"
     mine.write_text(forked(CLIP))
     flags = ["--data", folder, "--epochs=4", "--optimizer=sgd", "--save-minutes=0", "--out"]
-    out, whole = tmp_path / "out", tmp_path / "whole"
+    out, uncut = tmp_path / "out", tmp_path / "uncut"
     for kill in range(10):
-        life = start(mine, *flags, out)
+        process = start(mine, *flags, out)
         wait_for(out, kill, "step")
         time.sleep(kill / 60)
-        life.kill()
-        life.join()
-    for life in [start(mine, *flags, run) for run in (out, whole)]:
-        life.join()
+        process.kill()
+        process.join()
+    for process in [start(mine, *flags, run) for run in (out, uncut)]:
+        process.join()
     logs = [
         [{**record, "images_per_second": 0, "seconds_waiting": 0} for record in read_log(run)]
-        for run in (out, whole)
+        for run in (out, uncut)
     ]
-    assert logs[0] == logs[1] and same(state_of(out), state_of(whole))
+    assert logs[0] == logs[1] and same(state_of(out), state_of(uncut))
 
 
 def test_three_signals_save_at_once_and_the_run_ends_as_if_undisturbed(tmp_path, folder):
-    out, whole = tmp_path / "out", tmp_path / "whole"
+    out, uncut = tmp_path / "out", tmp_path / "uncut"
     flags = ["--data", folder, "--epochs=1", "--batch-size=12", "--out"]  # four steps
     for number, code, step in ((signal.SIGTERM, 0, 1), (signal.SIGUSR2, 0, 2), (signal.SIGINT, 130, 3)):
         with signals(number):
             assert train(*flags, out) == code
         assert state_of(out)["step"] == step
-    assert train(*flags, out) == train(*flags, whole) == 0
-    assert same(state_of(out), state_of(whole))
+    assert train(*flags, out) == train(*flags, uncut) == 0
+    assert same(state_of(out), state_of(uncut))
 
 
 def test_a_resume_with_changed_code_says_so_and_keeps_the_old_copy(tmp_path, folder, capsys):
@@ -162,25 +162,25 @@ def test_a_resume_with_changed_code_says_so_and_keeps_the_old_copy(tmp_path, fol
     assert [start["step"] for start in json.loads((out / "args.json").read_text())["starts"]] == [0, 1]
 
 
-FAULTS = {  # what is said, and what happens before a save
+FAULTS = {  # the message, and what happens before a save
     "online.backbone.bn1.weight is not finite": lambda out, net, loss: net.bn1.weight.data.fill_(torch.nan),
     "the loss (with terms {'within'": lambda out, net, loss: loss.data.fill_(torch.nan),
     "another run was started": lambda out, net, loss: (out / "token").write_text("another's"),
 }
 
 
-@pytest.mark.parametrize("said", FAULTS)
-def test_a_save_refuses_what_is_not_finite_or_not_this_runs(said, tmp_path, folder, monkeypatch, capsys):
+@pytest.mark.parametrize("message", FAULTS)
+def test_a_save_refuses_what_is_not_finite_or_not_this_runs(message, tmp_path, folder, monkeypatch, capsys):
     save = common.save
 
     def save_after_fault(args, step, state, net, loss, terms):
         if step == 6:
-            FAULTS[said](tmp_path, net, loss)
+            FAULTS[message](tmp_path, net, loss)
         save(args, step, state, net, loss, terms)
 
     monkeypatch.setattr(common, "save", save_after_fault)
     assert train("--data", folder, "--keep-every=1", "--out", tmp_path) == 2  # saves at steps 3 and 6
-    assert state_of(tmp_path)["step"] == 3 and f"step 6: {said}" in capsys.readouterr().err
+    assert state_of(tmp_path)["step"] == 3 and f"step 6: {message}" in capsys.readouterr().err
 
 
 WRONG_LOSSES = {  # of embeddings zs, and its terms
@@ -199,12 +199,12 @@ def test_a_record_refuses_a_loss_that_is_not_finite_and_taken_names(message, tmp
 def test_damaged_checkpoints_fall_back_or_are_refused(tmp_path, folder, capsys):
     flags = ["--data", folder, "--optimizer=sgd", "--keep-every=1", "--out", tmp_path]
     assert train(*flags) == 0
-    whole = state_of(tmp_path)
+    intact = state_of(tmp_path)
     data = bytearray((tmp_path / "checkpoint.pt").read_bytes())
-    data[data.index(whole["online"]["projector.0.weight"].numpy().tobytes())] ^= 1
+    data[data.index(intact["online"]["projector.0.weight"].numpy().tobytes())] ^= 1
     (tmp_path / "checkpoint.pt").write_bytes(data)
     assert train(*flags) == 0
-    assert "checkpoint.pt is damaged" in capsys.readouterr().err and same(state_of(tmp_path), whole)
+    assert "checkpoint.pt is damaged" in capsys.readouterr().err and same(state_of(tmp_path), intact)
     assert (tmp_path / "checkpoint-damaged.pt").read_bytes() == data
     torch.save({"step": 0}, tmp_path / "checkpoint.pt")
     assert train(*flags) == 2 and "has no 'data'" in capsys.readouterr().err

@@ -18,7 +18,7 @@ CHOICES = "flip jitter brightness contrast saturation hue unused gray blur sigma
 
 
 def uniforms(n, **choices):
-    """Uniforms (n, 64) of a view that decide for `choices`, a number or (n,) each, and against all else."""
+    """Uniforms (n, 64) that set `choices`, each a number or (n,), and turn off everything else."""
     u = torch.full((n, 64), 0.999, dtype=torch.double)
     for name, value in choices.items():
         u[:, 40 + CHOICES.index(name)] = value
@@ -49,7 +49,7 @@ def test_crop_is_torchvisions_antialiased_bicubic_crop(size):
 
 
 def first_box_that_fits(u, height, width, area):
-    """What crop_boxes draws, of one image and in a loop over the ten tries."""
+    """What crop_boxes draws for one image, as a loop over the ten attempts."""
     for i in range(0, 40, 4):
         pixels = height * width * (area[0] + u[i] * (area[1] - area[0]))
         ratio = 3 / 4 * (16 / 9) ** u[i + 1]

@@ -1,4 +1,4 @@
-"""Weights of anybody's checkpoint, none of whose code is run, and other backbones in a fork."""
+"""Weights from anybody's checkpoint, without running its code, and other backbones in a fork."""
 
 import argparse
 import io
@@ -49,7 +49,7 @@ def test_the_published_resnet_is_found_in_a_checkpoint(name, tmp_path):
 
 
 class Attributes(dict):
-    """As of EasyDict, OmegaConf and other objects that checkpoints hold."""
+    """Like objects of EasyDict, OmegaConf and others that checkpoints hold."""
 
     def __init__(self, **values):
         super().__init__(values)
@@ -71,13 +71,13 @@ CONTENTS["tensors with attributes"]["conv1.weight"].decay = False
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "old"])
 def test_weights_are_read_beside_any_objects(name, zipped, tmp_path, monkeypatch):
     torch.save(CONTENTS[name], tmp_path / "file", _use_new_zipfile_serialization=zipped)
-    monkeypatch.delattr(sys.modules[__name__], "Attributes")  # as in a project that has not its class
+    monkeypatch.delattr(sys.modules[__name__], "Attributes")  # as in a project without this class
     net, arch, stem, _ = common.find_resnet(common.load_weights(tmp_path / "file"))
     assert same(net.state_dict(), NET.state_dict()) and (arch, stem) == ("resnet34", "cifar")
 
 
 def call(module, name, *args):
-    """The pickle of a call of a function of a module."""
+    """The pickle of a call to a function of a module."""
     names = b"".join(b"\x8c" + bytes([len(text)]) + text.encode() for text in (module, name))
     return names + b"\x93" + pickle.dumps(args, 2)[2:-1] + b"R"
 
@@ -111,7 +111,7 @@ class Evil:
 
 
 def old_file(position, payload):
-    """A file of torch.save before 1.6, which is five pickles, one of which is the payload."""
+    """A file as torch.save wrote it before 1.6: five pickles, one of which is the payload."""
     parts = [pickle.dumps(part, 2) for part in (0x1950A86A20F9469CFC6C, 1001, {}, {}, [])]
     parts[position] = payload
     return b"".join(parts)
