@@ -317,7 +317,7 @@ def flip(x, u, p):
 
 
 def drop_colour(x, u, p, luminance):
-    """Turn the images gray whose uniform is below p."""
+    """Remove the colour of the images whose uniform is below p."""
     return torch.where(u < p, gray(x, luminance), x)
 
 
@@ -748,7 +748,7 @@ class Crops(torch.utils.data.Dataset):
             image = self.images.read(row)
             if image is not None:
                 break
-        else:  # report() will stop the run
+        else:  # report() stops the run, or embed() leaves the image out
             image = torch.zeros(3, 8, 8, dtype=torch.uint8)
         return self.crops_of(image, u), self.images.labels[row], skipped == 0
 
@@ -1145,12 +1145,12 @@ def load_anything(path):
     """Load a file of torch.save, with Inert in place of all but tensors, containers and numbers."""
     try:
         return load_checked(path)
-    except pickle.UnpicklingError:  # it holds other objects; TorchScript is a RuntimeError
+    except pickle.UnpicklingError:  # it holds other objects; TorchScript raises RuntimeError
         return torch.load(path, "cpu", TensorPickle, weights_only=False)
 
 
 def tensors(content, visited, prefix=""):
-    """All tensors in nested dicts by name, which is their keys joined by dots.
+    """Collect the tensors in nested dicts under names: their keys, joined by dots.
 
     The attributes in which a pickled module holds its parts (_modules, ...) do not appear in the names.
     """
@@ -1416,8 +1416,7 @@ def knn_votes(similarity, labels, classes, temperature=0.07):
 def spectrum(z):
     """Singular values of the L2-normalised, uncentred rows of z (n, d), largest first, with sum 1, on a CPU.
 
-    They are square roots of a Gram matrix's eigenvalues, whose rounding errors float64 keeps small. A CPU
-    computes these faster than a GPU.
+    Square roots of a Gram matrix's eigenvalues, in float64 against rounding errors, on a CPU for speed.
     """
     z = F.normalize(z.double(), dim=1)
     gram = z @ z.mT if len(z) < z.shape[1] else z.mT @ z
@@ -1640,7 +1639,7 @@ def copy_code(source, out, step):
 
 
 def check_finite(step, values, prefix=""):
-    """Fail if a tensor in nested dicts is not finite, with its name."""
+    """Fail if a tensor in nested dicts is not finite, naming it."""
     for key, value in values.items():
         name = f"{prefix}{key}"
         if isinstance(value, dict):
@@ -1650,7 +1649,7 @@ def check_finite(step, values, prefix=""):
 
 
 def check_loss(step, loss, terms):
-    """Fail if the loss is not finite, with its terms."""
+    """Fail if the loss is not finite, listing its terms."""
     values = {name: float(term) for name, term in terms.items()}
     check_finite(step, {f"the loss (with terms {values})": loss})
 
