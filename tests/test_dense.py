@@ -283,20 +283,21 @@ def test_depths_are_in_metres_and_crops_that_are_enlarged_are_nearer(data):
 
 
 def test_the_rate_is_chosen_on_training_images(tmp_path, data, monkeypatch):
-    measured = []
+    calls = []
     measure = ev.measure
 
-    def spy(online, images, rows, *rest):
-        measured.append((images.key, rows.tolist()))
-        return measure(online, images, rows, *rest)
+    def spy(*args):
+        calls.append((*args[:2], args[2].tolist(), measure(*args)))
+        return calls[-1][-1]
 
     monkeypatch.setattr(ev, "measure", spy)
     assert evaluate("--mode segment --lr 1e-9 0.05", data["segment"], tmp_path / "out") == 0
     (record,) = read_log(tmp_path / "out", "results.jsonl")
-    grid = record["grid"]
-    assert len(set(grid.values())) == 2 and list(record["results"]) == [max(grid, key=grid.get)]
-    (train, held), again, (test, rows) = measured
-    assert again == (train, held) and len(held) == 1 and train != test and rows == [0, 1, 2, 3, 4]
+    held, again, (online, test, rows, metrics) = calls
+    best = max(held, again, key=lambda call: call[3]["miou"])
+    assert held[3] != again[3] and online is best[0] and list(record["results"].values()) == [metrics]
+    assert held[1] is again[1] and held[2] == again[2] and len(held[2]) == 1
+    assert test is not held[1] and rows == [0, 1, 2, 3, 4]
     assert "chosen on 1 held-out" in record["protocol"]
 
 
