@@ -629,12 +629,14 @@ def open_dense(args):
     if not args.data:
         return draw_mosaics(1000, 2), draw_mosaics(200, 3)
     name, _, root = args.data.partition(":")
-    if name == "voc2012":
+    if name == "voc2012" and args.mode == "segment":
         train = open_voc(root or "data", "train")
         test = open_voc(root or "data", "val")
     else:
-        layout = "depth" if args.mode == "depth" else "masks"
-        if Path(args.data, "annotations").is_dir():
+        layout = "masks"
+        if args.mode == "depth":
+            layout = "depth"
+        elif Path(args.data, "annotations").is_dir():
             layout = "ade20k"
         folders = [Path(args.data, folder) for folder in LAYOUTS[layout]]
         train = list_pairs(args, *folders[:2], first_class=int(layout == "ade20k"))
@@ -695,8 +697,8 @@ def check_targets(args, images):
     rows = [row for row, check in enumerate(checks) if check]
     missing = [row for row, check in enumerate(checks) if not check]
     if missing:
-        text = f"{len(missing)} of {len(images)} images have no target that can be read"
-        text += f", such as {images.targets[missing[0]]}"
+        example = images.targets[missing[0]]
+        text = f"{len(missing)} of {len(images)} images have no target that can be read, such as {example}"
         if len(missing) > 0.01 * len(images):
             fail(f"--data {args.data}: {text}; more than 1 % stops the run")
         print(f"left out: {text}", file=sys.stderr)
@@ -811,14 +813,14 @@ def dense_loss(scores, target, args):
         error = F.cross_entropy(scores, target.long(), ignore_index=255, reduction="sum")
     else:
         counted = target > 0
-        error = (scores[:, 0] - target.log())[counted].abs().sum()
+        errors = (scores[:, 0] - target.log()).abs()  # infinite where the depth is 0
+        error = torch.where(counted, errors, 0).sum()
     total, count = common.all_reduce(torch.stack([error, counted.sum().float()]))
     return total / count.clamp(min=1)
 
 
-def train_dense(args, net, data, device, lr, wd):
+def train_dense(args, net, images, device, lr, wd):
     """SGD of the head, and with --lr-backbone of all weights; the network, from images to maps of scores."""
-    images = data.train.take(data.fit)
     total = args.epochs * (len(images) // args.batch_size)
     online = common.prepare(dense_network(args, net, len(images.classes)), device)
     model = common.parallel(online, args, device)
@@ -914,7 +916,7 @@ def measure(online, images, rows, args, device):
 @torch.no_grad()
 def write_predictions(path, online, images, args, device):
     """A picture of eight test images, each with its target and the prediction; what is near is bright."""
-    colours = torch.rand(256, 3, generator=torch.Generator().manual_seed(0))
+    colours = torch.rand(256, 3, generator=torch.Generator().manual_seed(104))  # the first differ most
     colours[255] = 1
     tiles = []
     for row in common.evenly(torch.arange(len(images)), 8).tolist():
@@ -936,6 +938,7 @@ def dense(args, net, data, device):
     """Train with each rate and decay in turn; the best on held-out images is tested."""
     args.output_stride = output_stride(net, args)
     points = list(itertools.product(args.lr, args.wd))
+    fit = data.train.take(data.fit)
     networks = {}
     grid = {}
     for lr, wd in points:
@@ -943,7 +946,7 @@ def dense(args, net, data, device):
         point = copy.copy(args)
         if len(points) > 1:
             point.out = f"{args.out}/{name}"
-        networks[name] = train_dense(point, net, data, device, lr, wd)
+        networks[name] = train_dense(point, net, fit, device, lr, wd)
         if len(data.held):
             metrics = measure(networks[name], data.train, data.held, args, device)
             grid[name] = metrics["delta1" if args.mode == "depth" else "miou"]

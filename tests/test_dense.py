@@ -298,6 +298,7 @@ def test_the_rate_is_chosen_on_training_images(tmp_path, data, monkeypatch):
     assert held[3] != again[3] and online is best[0] and list(record["results"].values()) == [metrics]
     assert held[1] is again[1] and held[2] == again[2] and len(held[2]) == 1
     assert test is not held[1] and rows == [0, 1, 2, 3, 4]
+    assert state_of(tmp_path / "out/segment/lr 0.05, wd 0.0001")["data"]["images"] == 7  # to fit
     assert "chosen on 1 held-out" in record["protocol"]
 
 
