@@ -925,7 +925,8 @@ def write_predictions(path, online, images, args, device):
         scores = predict(online, x, target[None], args)[0].cpu()
         if args.mode == "depth":
             depths = torch.stack([target, scores[0].exp()])[:, None].expand(-1, 3, -1, -1)
-            maps = torch.where(depths > 0, depths[depths > 0].min() / depths, 0)
+            nearest = torch.where(target > 0, target, math.inf).min()
+            maps = torch.where(depths > 0, (nearest / depths).clamp(max=1), 0)
         else:
             maps = colours[torch.stack([target.long(), scores.argmax(0)])].permute(0, 3, 1, 2)
         for picture in (image / 255, *maps):

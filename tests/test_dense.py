@@ -221,13 +221,14 @@ def test_the_backbone_is_frozen_unless_it_has_a_rate(tmp_path, data):
 def test_bottlenecks_are_dilated_and_see_what_they_saw(arch, stem, stride):
     net, width = common.resnet(arch, stem)
     net.eval()
-    args = argparse.Namespace(arch=arch, stem=stem, seed=0, lr_backbone=0.0)
+    args = argparse.Namespace(arch=arch, stem=stem, seed=0, lr_backbone=0.0, precision="fp32")
     args.output_stride = ev.output_stride(net, args)
     online = ev.dense_network(args, net, 5)
     x = torch.randn(2, 3, 64, 64)
     h = online.backbone(x)
     assert args.output_stride == stride and h.shape == (2, width, 64 // stride, 64 // stride)
-    assert online(x).shape == (2, 5, *h.shape[2:]) and not h.requires_grad
+    enlarged = torch.nn.functional.interpolate(online.classifier(h), (50, 70), mode="bilinear")
+    assert torch.equal(ev.predict(online, x, torch.zeros(2, 50, 70), args), enlarged) and not h.requires_grad
     net.avgpool = torch.nn.Identity()
     strided = net(x).detach().view(2, width, -1)
     step = 4 if arch == "resnet50" else 1  # of the places that the strided network has
