@@ -567,13 +567,12 @@ def write_neighbours(out, images, rows):
 # ------------------------------------------------------------------------------------------- dense tasks
 
 MEAN = (124, 116, 104)  # of ImageNet's colours, which the network sees as 0
-Checked = collections.namedtuple("Checked", "image_shape shape dtype highest counted")
 
 
 class DenseImages(common.Images):
     """Images with a target for each pixel, a class or a depth; class 255 and depth 0 are ignored.
 
-    targets: paths of PNGs, or masks in memory (n, H, W). The labels of the images are all 0.
+    targets are paths of PNGs, or masks in memory (n, H, W). labels, the classes of images, are all 0.
     """
 
     def __init__(self, images, targets, mode, depth_unit=1, first_class=0):
@@ -598,47 +597,58 @@ class DenseImages(common.Images):
             return target.astype("float32") / numpy.float32(self.depth_unit)
         return target - numpy.uint8(self.first_class)  # 0 - 1 is 255
 
-    def check(self, i):
-        """What check_targets needs to know of image i and its target; None if either cannot be read."""
+    def check_target(self, i):
+        """How many pixels of target i count, and their largest value; None where it cannot be read."""
         try:
             with Image.open(self.data[i]) as picture:
                 width, height = picture.size
             target = self.read_target(i)
         except Exception:  # Pillow raises many types of error
             return None
+        if target.shape != (height, width) or target.dtype not in ("uint8", "float32"):
+            fail(
+                f"{self.targets[i]} is of shape {target.shape} and {target.dtype}, its image of shape "
+                f"{height, width}: give 8-bit masks or 16-bit depths of the size of the image"
+            )
         counted = target[target != self.ignored]
-        return Checked((height, width), target.shape, target.dtype, counted.max(initial=0), counted.size)
+        return counted.size, counted.max(initial=0)
+
+
+LAYOUTS = {  # the folders of images and of targets, to train and to test on
+    "depth": ("train/images", "train/depth", "val/images", "val/depth"),
+    "masks": ("train/images", "train/masks", "val/images", "val/masks"),
+    "ade20k": ("images/training", "annotations/training", "images/validation", "annotations/validation"),
+}
 
 
 def open_dense(args):
     """Training and test images with a class or a depth for each pixel."""
-    name, _, root = (args.data or "").partition(":")
-    folder = Path(args.data or ".")
+    if not args.data and args.mode == "depth":
+        fail("--mode depth needs --data: a folder with train/images, train/depth, val/images, val/depth")
     if not args.data:
-        if args.mode == "depth":
-            fail("--mode depth needs --data: a folder with train/images, train/depth, val/images, val/depth")
-        return [draw_mosaics(1000, 2), draw_mosaics(200, 3)]
+        return draw_mosaics(1000, 2), draw_mosaics(200, 3)
+    name, _, root = args.data.partition(":")
     if name == "voc2012" and args.mode == "segment":
-        parts = [open_voc(root or "data", split) for split in ("train", "val")]
-    elif (folder / "annotations").is_dir() and args.mode == "segment":  # ADE20K
-        parts = []
-        for split in ("training", "validation"):
-            parts.append(list_pairs(args, folder / "images" / split, folder / "annotations" / split, 1))
+        train = open_voc(root or "data", "train")
+        test = open_voc(root or "data", "val")
     else:
-        kind = "depth" if args.mode == "depth" else "masks"
-        parts = []
-        for split in ("train", "val"):
-            parts.append(list_pairs(args, folder / split / "images", folder / split / kind))
-    train, highest = check_targets(args, parts[0])
-    test, highest_of_test = check_targets(args, parts[1])
+        layout = "masks"
+        if args.mode == "depth":
+            layout = "depth"
+        elif Path(args.data, "annotations").is_dir():
+            layout = "ade20k"
+        folders = [Path(args.data, folder) for folder in LAYOUTS[layout]]
+        train = list_pairs(args, *folders[:2], first_class=int(layout == "ade20k"))
+        test = list_pairs(args, *folders[2:], first_class=int(layout == "ade20k"))
+    train, highest = check_targets(args, train)
+    test, highest_of_test = check_targets(args, test)
+    train.classes = test.classes = ["depth"]
     if args.mode == "segment":
         if highest_of_test > highest:
-            fail(
-                f"--data {args.data}: test masks have class {highest_of_test}, training masks 0 to {highest}"
-            )
-        classes = highest + 1
-        print(f"{args.data}: {classes} classes, as in the training masks", file=sys.stderr)
-        train.classes = test.classes = [str(label) for label in range(classes)]
+            text = f"test masks have class {highest_of_test}, training masks 0 to {highest}"
+            fail(f"--data {args.data}: {text}")
+        train.classes = test.classes = [str(label) for label in range(highest + 1)]
+        print(f"{args.data}: {highest + 1} classes, as in the training masks", file=sys.stderr)
     return train, test
 
 
@@ -666,11 +676,11 @@ def open_voc(root, split):
     return DenseImages(images, voc.masks, "segment")
 
 
-def list_pairs(args, folder, targets, first_class=0):
+def list_pairs(args, folder, targets, first_class):
     """The images of a folder with their targets, PNGs of the same names in another folder."""
-    if not folder.is_dir() or not targets.is_dir():
-        fail(f"--data {args.data}: {folder} or {targets} is missing (--help says what --data can be)")
     images = common.list_folder(folder)
+    if not len(images):
+        fail(f"--data {args.data}: there are no images in {folder} (see --help for what it can be)")
     paths = []
     for path in images.data:
         name = Path(os.fsdecode(path)).relative_to(folder)
@@ -679,26 +689,22 @@ def list_pairs(args, folder, targets, first_class=0):
 
 
 def check_targets(args, images):
-    """The images whose targets can be read, and the largest class; unsuitable targets are refused."""
+    """The images whose targets can be read, and the largest value in a target."""
     with ThreadPoolExecutor(args.workers or 1) as pool:
-        checks = list(tqdm(pool.map(images.check, range(len(images))), "targets", len(images), delay=10))
+        checks = pool.map(images.check_target, range(len(images)))
+        checks = list(tqdm(checks, "targets", len(images), delay=10))
     rows = [row for row, check in enumerate(checks) if check]
-    missing = [path for path, check in zip(images.targets, checks, strict=True) if not check]
+    missing = [row for row, check in enumerate(checks) if not check]
     if missing:
-        text = f"{len(missing)} of {len(images)} images have no target that can be read, such as {missing[0]}"
+        example = images.targets[missing[0]]
+        text = f"{len(missing)} of {len(images)} images have no target that can be read, such as {example}"
         if len(missing) > 0.01 * len(images):
             fail(f"--data {args.data}: {text}; more than 1 % stops the run")
         print(f"left out: {text}", file=sys.stderr)
-    for row in rows:
-        check = checks[row]
-        if check.shape != check.image_shape or (images.mode == "segment" and check.dtype != "uint8"):
-            fail(
-                f"{images.targets[row]} is of shape {check.shape} and {check.dtype}, its image of shape "
-                f"{check.image_shape}: give 8-bit masks or 16-bit depths of the size of the image"
-            )
-    if not sum(checks[row].counted for row in rows):
-        fail(f"--data {args.data}: no pixel of {images.targets[0].parent} counts: all are {images.ignored}")
-    return images.take(torch.tensor(rows)), max(int(checks[row].highest) for row in rows)
+    counts, highest = zip(*[checks[row] for row in rows], strict=True)
+    if not any(counts):
+        fail(f"--data {args.data}: no pixel of {images.targets[0].parent} counts, all are {images.ignored}")
+    return images.take(torch.tensor(rows)), int(max(highest))
 
 
 class DenseCrops(torch.utils.data.Dataset):
@@ -723,46 +729,40 @@ class DenseCrops(torch.utils.data.Dataset):
         return image, target, readable
 
     def crop(self, image, target, zoom, down, right, flip):
-        """Crop a square from an image and its target, at a scale from --scales, and flip half of them."""
+        """A square of both, enlarged by a factor from --scales, and flipped in half of all cases."""
         size = self.args.size
         low, high = self.args.scales
         scale = low + zoom * (high - low)
         side = max(1, round(size / scale))
         height, width = target.shape
-        missing = [0, 0, max(0, side - width), max(0, side - height)]
-        image = transforms.pad(image, missing, fill=MEAN)
-        target = transforms.pad(target, missing, fill=self.images.ignored)
         top = int(down * (max(height, side) - side + 1))
         left = int(right * (max(width, side) - side + 1))
-        image = transforms.resized_crop(image, top, left, side, side, [size, size])
-        target = transforms.resized_crop(target, top, left, side, side, [size, size])
-        if flip < 0.5:
-            image = transforms.horizontal_flip(image)
-            target = transforms.horizontal_flip(target)
+        padding = [0, 0, max(0, side - width), max(0, side - height)]
+        crops = []
+        for picture, fill in ((image, MEAN), (target, self.images.ignored)):
+            picture = transforms.pad(picture, padding, fill)
+            picture = transforms.resized_crop(picture, top, left, side, side, [size, size])
+            if flip < 0.5:
+                picture = transforms.horizontal_flip(picture)
+            crops.append(picture)
         if self.images.mode == "depth":  # an enlarged image is one taken from nearer (Eigen et al., 2014)
-            target = target / scale
-        return image, target
+            crops[1] /= scale
+        return crops
 
 
-def dense_loader(images, args, device, **sampling):
-    """A DataLoader of DenseCrops."""
-    return torch.utils.data.DataLoader(
+def dense_batches(images, order, args, device):
+    """Yields (step, x (n, 3, H, W), targets (n, H, W)) for each (step, epoch, rows (n,)) of `order`."""
+    order, ahead = itertools.tee(order)
+    loader = torch.utils.data.DataLoader(
         DenseCrops(images, args),
+        batch_sampler=([(epoch, row) for row in rows.tolist()] for _, epoch, rows in ahead),
         num_workers=args.workers,
         worker_init_fn=common.ignore_signals,
         pin_memory=device.type == "cuda",
         timeout=300 if args.workers else 0,
-        **sampling,
     )
-
-
-def dense_batches(args, data, device, start, total):
-    """Yield (step, x (n, 3, S, S), targets (n, S, S)), random crops, for steps start .. total - 1."""
-    order, ahead = itertools.tee(common.epoch_order(len(data.fit), args, start, total))
-    batches = ([(epoch, row) for row in data.fit[index].tolist()] for _, epoch, index in ahead)
-    loader = dense_loader(data.train, args, device, batch_sampler=batches)
-    for (step, _, index), (x, target, readable) in zip(order, loader, strict=False):
-        data.train.report(data.fit[index][~readable].tolist())
+    for (step, _, rows), (x, target, readable) in zip(order, loader, strict=False):
+        images.report(rows[~readable].tolist())
         x = x.to(device, non_blocking=True)
         yield step, common.normalise(x / 255), target.to(device, non_blocking=True)
 
@@ -792,48 +792,52 @@ def dense_network(args, net, channels):
         head[3] = nn.Identity()  # dropout would depend on the number of ranks and on interruptions
     else:
         head = nn.Sequential(common.BatchNorm(net.inplanes), nn.Conv2d(net.inplanes, channels, 1))
-    stages = collections.OrderedDict(list(net.named_children())[:-2])  # without pooling and classifier
-    backbone = copy.deepcopy(nn.Sequential(stages)).requires_grad_(args.lr_backbone > 0)
+    stages = collections.OrderedDict(list(net.named_children())[:-2])  # not the pooling, nor the classifier
+    backbone = copy.deepcopy(nn.Sequential(stages))
+    backbone.requires_grad_(args.lr_backbone > 0).train(args.lr_backbone > 0)
     return nn.Sequential(collections.OrderedDict(backbone=backbone, classifier=head))
 
 
+def predict(model, x, target, args):
+    """Scores (n, C, H, W) of classes, or of the log depth, enlarged to the size of the targets (n, H, W)."""
+    with common.autocast(args, x.device):
+        scores = model(x)
+    return F.interpolate(scores.float(), target.shape[1:], mode="bilinear")
+
+
 def dense_loss(scores, target, args):
-    """The mean over valid pixels of all ranks: cross-entropy, or the absolute error of the log depth."""
-    scores = F.interpolate(scores.float(), target.shape[1:], mode="bilinear")
+    """The mean over pixels of all ranks that count: cross-entropy, or the absolute error of the log depth."""
     if args.mode == "segment":
         counted = target != 255
         error = F.cross_entropy(scores, target.long(), ignore_index=255, reduction="sum")
     else:
         counted = target > 0
-        errors = (scores[:, 0] - target.clamp(min=1e-6).log()).abs()
+        errors = (scores[:, 0] - target.log()).abs()  # infinite where the depth is 0
         error = torch.where(counted, errors, 0).sum()
     total, count = common.all_reduce(torch.stack([error, counted.sum().float()]))
     return total / count.clamp(min=1)
 
 
-def train_dense(args, net, data, device, lr, wd):
-    """Train the head, or with --lr-backbone all weights, by SGD; returns the network."""
-    channels = 1 if args.mode == "depth" else len(data.train.classes)
-    online = common.prepare(dense_network(args, net, channels), device)
-    online.backbone.train(args.lr_backbone > 0)
+def train_dense(args, net, images, device, lr, wd):
+    """SGD of the head, and with --lr-backbone of all weights; the network, from images to maps of scores."""
+    total = args.epochs * (len(images) // args.batch_size)
+    online = common.prepare(dense_network(args, net, len(images.classes)), device)
     model = common.parallel(online, args, device)
     groups = [
         dict(params=online.classifier.parameters(), peak=lr, fall=0.1),
         dict(params=online.backbone.parameters(), peak=args.lr_backbone, fall=0.2),
     ]
     optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=wd)
-    state = dict(data=data.train, online=online, optimizer=optimizer)
-    total = args.epochs * (len(data.fit) // args.batch_size)
+    state = dict(data=images, online=online, optimizer=optimizer)
     start = common.resume(args, state)
     log = common.Log(args, start, total)
     signals = common.Signals(args)
 
-    for step, x, target in log.watch(dense_batches(args, data, device, start, total)):
+    order = common.epoch_order(len(images), args, start, total)
+    for step, x, target in log.watch(dense_batches(images, order, args, device)):
         for group in optimizer.param_groups:
             group["lr"] = args.scale * group["peak"] * schedule(args, step, total, group["fall"])
-        with common.autocast(args, device):
-            scores = model(x)
-        loss = dense_loss(scores, target, args)
+        loss = dense_loss(predict(model, x, target, args), target, args)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -852,19 +856,10 @@ def train_dense(args, net, data, device, lr, wd):
     return online.eval()
 
 
-@torch.no_grad()
-def predict(online, image, shape, args, device):
-    """Scores (C, H, W) of classes, or of the log depth, for one image, at the size of its target."""
-    x = common.normalise(image[None].to(device) / 255)
-    with common.autocast(args, device):
-        scores = online(x)
-    return F.interpolate(scores.float(), shape, mode="bilinear")[0]
-
-
 def confusion(scores, target):
-    """Counts (C + 1, C) of pixels by true and predicted class; the last row is for ignored pixels."""
-    classes = len(scores)
-    index = target.long().clamp(max=classes) * classes + scores.argmax(0)
+    """Numbers (C + 1, C) of pixels of each true and predicted class; those in the last row do not count."""
+    classes = scores.shape[1]
+    index = target.long().clamp(max=classes) * classes + scores.argmax(1)
     return index.flatten().bincount(minlength=(classes + 1) * classes).view(classes + 1, classes)
 
 
@@ -872,65 +867,68 @@ def depth_errors(scores, target):
     """Over valid pixels: their number; those within 1.25, 1.25^2, 1.25^3; sums of relative, squared error."""
     counted = target > 0
     true = target[counted].double()
-    predicted = scores[0][counted].double().exp()
+    predicted = scores[:, 0][counted].double().exp()
     ratio = torch.maximum(predicted / true, true / predicted)
     error = (predicted - true).abs()
     terms = [ratio > 0, ratio < 1.25, ratio < 1.25**2, ratio < 1.25**3, error / true, error**2]
     return torch.stack([term.double().sum() for term in terms])
 
 
-def metrics_of(sums, classes):
-    """Metrics in %, rms in metres, from the sum over images of confusion() or depth_errors()."""
-    if sums.ndim == 1:
-        *shares, square = (sums[1:] / sums[0]).tolist()
-        values = dict(zip(["delta1", "delta2", "delta3", "rel"], shares, strict=True))
-        return {**{name: 100 * value for name, value in values.items()}, "rms": math.sqrt(square)}
-    counts = sums[:-1].double()
+def segment_metrics(counts, classes):
+    """In %, from the sum of `confusion` over images; the IoU of classes that are in labels or predictions."""
+    counts = counts[:-1].double()
     hits = counts.diag()
     union = counts.sum(0) + counts.sum(1) - hits
     iou = {}
-    for label in (union > 0).nonzero()[:, 0].tolist():  # classes that occur in targets or predictions
+    for label in (union > 0).nonzero()[:, 0].tolist():
         iou[classes[label]] = 100 * float(hits[label] / union[label])
     accuracy = 100 * float(hits.sum() / counts.sum())
     return dict(miou=sum(iou.values()) / len(iou), pixel_accuracy=accuracy, iou=iou)
 
 
+def depth_metrics(sums):
+    """In %, but rms in metres, from the sum of `depth_errors` over images."""
+    *shares, square = (sums[1:] / sums[0]).tolist()
+    delta1, delta2, delta3, rel = [100 * share for share in shares]
+    return dict(delta1=delta1, delta2=delta2, delta3=delta3, rel=rel, rms=math.sqrt(square))
+
+
+@torch.no_grad()
 def measure(online, images, rows, args, device):
-    """Metrics over all pixels of the uncropped images in `rows`, which are divided among the ranks."""
-    rows = rows[common.rank() :: common.world()].tolist()
-    keys = [(None, row) for row in rows]
+    """Metrics over all pixels of some images, which are predicted whole, and divided among the ranks."""
+    classes = len(images.classes)
+    counts = torch.zeros(classes + 1, classes, dtype=torch.int64, device=device)
+    errors = torch.zeros(6, dtype=torch.float64, device=device)
+    rows = rows[common.rank() :: common.world()]
+    order = [(None, None, row) for row in rows.split(1) if len(row)]
+    for _, x, target in dense_batches(images, order, args, device):
+        scores = predict(online, x, target, args)
+        if args.mode == "depth":
+            errors += depth_errors(scores, target)
+        else:
+            counts += confusion(scores, target)
     if args.mode == "depth":
-        statistics = depth_errors
-        sums = torch.zeros(6, dtype=torch.float64, device=device)
-    else:
-        statistics = confusion
-        classes = len(images.classes)
-        sums = torch.zeros(classes + 1, classes, dtype=torch.int64, device=device)
-    loader = dense_loader(images, args, device, batch_size=None, sampler=keys)
-    for row, (image, target, readable) in zip(rows, loader, strict=True):
-        if not readable:
-            images.report([row])
-        sums += statistics(predict(online, image, target.shape, args, device), target.to(device))
-    return metrics_of(common.all_reduce(sums), images.classes)
+        return depth_metrics(common.all_reduce(errors))
+    return segment_metrics(common.all_reduce(counts), images.classes)
 
 
+@torch.no_grad()
 def write_predictions(path, online, images, args, device):
-    """Save a picture of eight test images, their targets and predictions; near depths are bright."""
-    hues = math.tau * 0.618 * torch.arange(256)[:, None] + torch.tensor([0, 2.1, 4.2])
-    colours = (0.5 + 0.5 * hues.cos()) * (1 - 0.25 * (torch.arange(256) % 3))[:, None]
+    """A picture of eight test images, each with its target and the prediction; what is near is bright."""
+    colours = torch.rand(256, 3, generator=torch.Generator().manual_seed(104))  # the first differ most
     colours[255] = 1
     tiles = []
     for row in common.evenly(torch.arange(len(images)), 8).tolist():
         image, target, _ = DenseCrops(images, args)[None, row]
-        scores = predict(online, image, target.shape, args, device).cpu()
+        x = common.normalise(image[None].to(device) / 255)
+        scores = predict(online, x, target[None], args)[0].cpu()
         if args.mode == "depth":
-            low, high = torch.cat([scores.flatten(), target[target > 0].log()]).aminmax()
-            label = torch.where(target > 0, (high - target.log()) / (high - low), 0).expand(3, -1, -1)
-            prediction = ((high - scores) / (high - low)).expand(3, -1, -1)
+            depths = torch.stack([target, scores[0].exp()])[:, None].expand(-1, 3, -1, -1)
+            nearest = torch.where(target > 0, target, math.inf).min()
+            maps = torch.where(depths > 0, (nearest / depths).clamp(max=1), 0)
         else:
-            label = colours[target.long()].permute(2, 0, 1)
-            prediction = colours[scores.argmax(0)].permute(2, 0, 1)
-        for picture in (image / 255, label, prediction):
+            maps = colours[torch.stack([target.long(), scores.argmax(0)])].permute(0, 3, 1, 2)
+        for picture in (image / 255, *maps):
             picture = transforms.resize(picture, None, transforms.InterpolationMode.NEAREST, max_size=256)
             tiles.append(transforms.center_crop(picture, [256, 256]))
     torchvision.utils.save_image(tiles, path, nrow=6, pad_value=1)
@@ -940,6 +938,7 @@ def dense(args, net, data, device):
     """Train with each rate and decay in turn, and test the network that is best on held-out images."""
     args.output_stride = output_stride(net, args)
     points = list(itertools.product(args.lr, args.wd))
+    fit = data.train.take(data.fit)
     networks = {}
     grid = {}
     for lr, wd in points:
@@ -947,7 +946,7 @@ def dense(args, net, data, device):
         point = copy.copy(args)
         if len(points) > 1:
             point.out = f"{args.out}/{name}"
-        networks[name] = train_dense(point, net, data, device, lr, wd)
+        networks[name] = train_dense(point, net, fit, device, lr, wd)
         if len(data.held):
             metrics = measure(networks[name], data.train, data.held, args, device)
             grid[name] = metrics["delta1" if args.mode == "depth" else "miou"]

@@ -21,118 +21,130 @@ def evaluate(flags, data, out):
     return train("--data", data, "--out", out, *FLAGS, *flags.split(), module=ev, usual=EVALUATION)
 
 
-def make_pair(image, target, i, size=(40, 72), depth=False, classes=3):
-    """Write an image of vertical bars, and what each bar is: a class, or depth in millimetres; 0 on top."""
-    height, width = size[0] + i % 8, size[1] - i % 8  # of different sizes
-    bars = torch.arange(width) * classes // width
-    colours = torch.tensor([[30, 200, 90], [220, 40, 60], [90, 120, 250]], dtype=torch.uint8)
-    pixels = colours[(bars + i) % classes].expand(height, -1, -1).clone()
-    pixels += (torch.rand(height, width, 3, generator=torch.Generator().manual_seed(i)) * 20).byte()
-    labels = ((bars + i) % classes).expand(height, -1).clone()
-    values = (1000 * 2**labels).numpy().astype("uint16") if depth else labels.numpy().astype("uint8")
+def write(path, array):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path)
+
+
+def make_pair(image, target, i, depth=False):
+    """An image of three vertical bars, and the class of each, or its depth in millimetres; 0 on top."""
+    height, width = 40 + i % 8, 72 - i % 8
+    labels = ((torch.arange(width) * 3 // width + i) % 3).expand(height, -1)
+    colours = torch.tensor([[30, 200, 90], [220, 40, 60], [90, 120, 250]])
+    noise = torch.rand(height, width, 3, generator=torch.Generator().manual_seed(i)) * 20
+    values = (1000 * 2**labels).short() if depth else labels.byte()
     values[:8] = 0 if depth else 255
-    for path, array in ((image, pixels.numpy()), (target, values)):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(array).save(path)
+    write(image, (colours[labels] + noise).clamp(max=255).byte().numpy())
+    write(target, values.numpy().astype("uint16" if depth else "uint8"))
 
 
-def make_data(root, depth=False, train_images=8, test_images=5):
-    for split, count in (("train", train_images), ("val", test_images)):
+def make_data(root, mode="segment", counts=(8, 5)):
+    for split, count in zip(("train", "val"), counts, strict=True):
+        targets = root / split / ("depth" if mode == "depth" else "masks")
         for i in range(count):
-            target = root / split / ("depth" if depth else "masks") / f"{i}.png"
-            make_pair(root / split / "images" / f"{i}.jpg", target, i, depth=depth)
+            make_pair(root / split / f"images/{i}.jpg", targets / f"{i}.png", i, mode == "depth")
     return root
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """By mode, a folder of 8 training and 5 test images of three vertical bars."""
-    root = tmp_path_factory.mktemp("dense")
-    return {mode: make_data(root / mode, mode == "depth") for mode in ev.DENSE}
+    """By mode, a folder of 8 training and 5 test images."""
+    return {mode: make_data(tmp_path_factory.mktemp(mode), mode) for mode in ev.DENSE}
+
+
+def crops_of(data, mode, *flags):
+    """The DenseCrops of training images, and the arguments."""
+    args = ev.get_args([*EVALUATION, *FLAGS, "--mode", mode, "--data", str(data), *flags])
+    args, parts = ev.plan(args, mode, *ev.open_dense(args))
+    return ev.DenseCrops(parts.train, args), args
+
+
+def random_maps(mode, size):
+    """Scores (2, 4, H, W) and targets (2, H, W) of which the first three rows do not count."""
+    generator = torch.Generator().manual_seed(size[0])
+    scores = torch.randn(2, 4, *size, generator=generator)
+    target = torch.rand(2, *size, generator=generator) * 3 + 0.1
+    if mode == "segment":
+        target = target.byte()  # class 3 is rarely a label
+    target[:, :3] = 255 if mode == "segment" else 0
+    return scores, target
 
 
 def test_metrics_of_masks_are_a_loop_over_pixels():
-    generator = torch.Generator().manual_seed(0)
     counts = numpy.zeros((4, 4))
     sums = 0
     for size in ((5, 7), (6, 4)):
-        scores = torch.randn(4, *size, generator=generator)
-        target = torch.randint(0, 3, size, generator=generator).byte()  # class 3 is only predicted
-        target[0, :3] = 255
+        scores, target = random_maps("segment", size)
         sums = sums + ev.confusion(scores, target)
-        for y in range(size[0]):
-            for x in range(size[1]):
-                if target[y, x] != 255:
-                    counts[target[y, x], scores[:, y, x].argmax()] += 1
-    iou = []
+        for label, column in zip(target.flatten(), scores.movedim(1, 3).reshape(-1, 4), strict=True):
+            if label != 255:
+                counts[label, column.argmax()] += 1
+    iou = {}
     for c in range(4):
-        iou.append(100 * counts[c, c] / (counts[c].sum() + counts[:, c].sum() - counts[c, c]))
-    found = ev.metrics_of(sums, "abcd")
-    expected = dict(zip("abcd", iou, strict=True))
-    assert found.pop("iou") == pytest.approx(expected, abs=1e-10)
+        iou["abcd"[c]] = 100 * counts[c, c] / (counts[c].sum() + counts[:, c].sum() - counts[c, c])
+    metrics = ev.segment_metrics(sums, "abcd")
+    assert metrics.pop("iou") == pytest.approx(iou, abs=1e-10)
     accuracy = 100 * counts.trace() / counts.sum()
-    assert found == pytest.approx(dict(miou=sum(iou) / 4, pixel_accuracy=accuracy), abs=1e-10)
+    assert metrics == pytest.approx(dict(miou=sum(iou.values()) / 4, pixel_accuracy=accuracy), abs=1e-10)
     sums[3], sums[:, 3] = 0, 0  # a class that is neither in labels nor in predictions has no IoU
-    assert list(ev.metrics_of(sums, "abcd")["iou"]) == list("abc")
+    assert list(ev.segment_metrics(sums, "abcd")["iou"]) == list("abc")
 
 
 def test_metrics_of_depths_are_a_loop_over_pixels():
-    generator = torch.Generator().manual_seed(0)
     sums, errors = 0, []
     for size in ((5, 7), (6, 4)):
-        target = torch.rand(size, generator=generator) * 4
-        scores = (target + 0.1).log()[None] + torch.randn(1, *size, generator=generator) * 0.4
-        target[0, :3] = 0
+        scores, target = random_maps("depth", size)
         sums = sums + ev.depth_errors(scores, target)
-        for t, s in zip(target.flatten().tolist(), scores.flatten().tolist(), strict=True):
+        for t, score in zip(target.flatten().tolist(), scores[:, 0].flatten().tolist(), strict=True):
             if t > 0:
-                p = math.exp(s)
+                p = math.exp(score)
                 errors.append([max(p / t, t / p), abs(p - t) / t, (p - t) ** 2])
     ratio, rel, square = numpy.array(errors).T
     expected = dict(rel=100 * rel.mean(), rms=math.sqrt(square.mean()))
     for k in (1, 2, 3):
         expected[f"delta{k}"] = 100 * (ratio < 1.25**k).mean()
-    assert ev.metrics_of(sums, []) == pytest.approx(expected, abs=1e-10)
+    assert ev.depth_metrics(sums) == pytest.approx(expected, abs=1e-10)
 
 
 @pytest.mark.parametrize("mode", ev.DENSE)
-def test_pixels_that_do_not_count_change_nothing(mode):
+def test_the_loss_is_the_mean_over_pixels_that_count(mode):
     args = argparse.Namespace(mode=mode)
-    generator = torch.Generator().manual_seed(0)
-    scores = torch.randn(2, 3, 8, 8, generator=generator)
-    target = torch.rand(2, 8, 8, generator=generator) + 0.5
+    scores, target = random_maps(mode, (6, 7))
+    scores.requires_grad_()
+    loss = ev.dense_loss(scores, target, args)
+    loss.backward()
+    counted, labels = scores[:, :, 3:], target[:, 3:]
     if mode == "segment":
-        target = (target * 1.5).byte()
-    target[:, :3] = 255 if mode == "segment" else 0
-    other = scores.clone()
-    other[:, :, :3] = 7
-    losses, metrics = [], []
-    for values in (scores, other, scores[:, :, 3:]):
-        values.requires_grad_()
-        counted = target[:, -values.shape[2] :]
-        losses.append(ev.dense_loss(values, counted, args))
-        losses[-1].backward()
-        count = ev.confusion if mode == "segment" else ev.depth_errors
-        metrics.append(ev.metrics_of(count(values[0].detach(), counted[0]), "abc"))
-    assert losses[0] == losses[1] and metrics[0] == metrics[1] == metrics[2]
-    torch.testing.assert_close(losses[0], losses[2])
+        expected = -counted.log_softmax(1).gather(1, labels[:, None].long()).mean()
+    else:
+        expected = (counted[:, 0] - labels.log()).abs().mean()
+    torch.testing.assert_close(loss, expected)
     assert not scores.grad[:, :, :3].any() and scores.grad[:, :1, 3:].all()
+    assert ev.dense_loss(scores[:, :, :3], target[:, :3], args) == 0
 
 
 def test_image_and_target_get_the_same_crop_on_any_number_of_workers(data):
     batches = []
-    for workers in (0, 2):
-        flags = f"--mode segment --data {data['segment']} --workers {workers}"
-        args = ev.get_args([*EVALUATION, *FLAGS, *flags.split()])
-        args, parts = ev.plan(args, "segment", *ev.open_dense(args))
-        batches.append(list(ev.dense_batches(args, parts, torch.device("cpu"), 0, 4)))
+    for workers in ("0", "2"):
+        crops, args = crops_of(data["segment"], "segment", "--workers", workers)
+        order = common.epoch_order(8, args, 0, 4)
+        batches.append(list(ev.dense_batches(crops.images, order, args, torch.device("cpu"))))
     assert same(*batches)
     for _, x, target in batches[0]:
         red = x[:, 0] > x[:, 1] + 1
         counted = target != 255
-        assert (red == (target == 1))[counted].float().mean() > 0.95 and counted.float().mean() > 0.3
-    (_, first, _), _, (_, later, _), _ = batches[0]
-    assert first.shape == (4, 3, 64, 64) and not torch.equal(first, later)
+        assert x.shape == (4, 3, 64, 64) and counted.float().mean() > 0.3
+        assert (red == (target == 1))[counted].float().mean() > 0.95
+
+
+def test_a_crop_depends_on_seed_epoch_and_image(data):
+    draws = []
+    for seed in ("0", "1"):
+        crops, _ = crops_of(data["segment"], "segment", "--seed", seed)
+        crops.crop = lambda image, target, *numbers: (image, numbers)
+        draws += [crops[place][1] for place in ((0, 0), (0, 1), (1, 0))]
+        assert crops[0, 0][1] == crops[0, 0][1]
+    assert len(set(draws)) == len(set(sum(draws, ()))) / 4 == 6
 
 
 @pytest.mark.parametrize("mode", ev.DENSE)
@@ -160,7 +172,8 @@ def fine_tuning_step(mode):
     if mode == "depth":
         target = target.float() * (target < 255)
     rows = torch.arange(4).chunk(common.world())[common.rank()]
-    loss = ev.dense_loss(model(x[rows]), target[rows], args)
+    scores = torch.nn.functional.interpolate(model(x[rows]), (64, 64), mode="bilinear")
+    loss = ev.dense_loss(scores, target[rows], args)
     loss.backward()
     return loss, [parameter.grad for parameter in online.parameters()]
 
@@ -201,34 +214,37 @@ def test_the_backbone_is_frozen_unless_it_has_a_rate(tmp_path, data):
     assert all(same(loaded[name], online[f"backbone.{name}"]) for name in before)
 
 
-def test_bottlenecks_are_dilated_with_the_same_weights():
-    for arch, stem, side in (
-        ("resnet18", "imagenet", 2),
-        ("resnet50", "imagenet", 8),
-        ("resnet18", "cifar", 8),
-    ):
-        args = argparse.Namespace(arch=arch, stem=stem, seed=0, lr_backbone=0.0)
-        net, _ = common.resnet(arch, stem)
-        args.output_stride = ev.output_stride(net, args)
-        online = ev.dense_network(args, net.eval(), 5).eval()
-        assert online(torch.zeros(1, 3, 64, 64)).shape == (1, 5, side, side)
-        assert 64 // side == args.output_stride
-        assert same(dict(online.backbone.state_dict()), dict(net.state_dict()))
+@pytest.mark.parametrize(
+    "arch, stem, stride",
+    [("resnet18", "imagenet", 32), ("resnet50", "imagenet", 8), ("resnet18", "cifar", 8)],
+)
+def test_bottlenecks_are_dilated_and_see_what_they_saw(arch, stem, stride):
+    net, width = common.resnet(arch, stem)
+    net.eval()
+    args = argparse.Namespace(arch=arch, stem=stem, seed=0, lr_backbone=0.0, precision="fp32")
+    args.output_stride = ev.output_stride(net, args)
+    online = ev.dense_network(args, net, 5)
+    x = torch.randn(2, 3, 64, 64)
+    h = online.backbone(x)
+    assert args.output_stride == stride and h.shape == (2, width, 64 // stride, 64 // stride)
+    enlarged = torch.nn.functional.interpolate(online.classifier(h), (50, 70), mode="bilinear")
+    assert torch.equal(ev.predict(online, x, torch.zeros(2, 50, 70), args), enlarged) and not h.requires_grad
+    net.avgpool = torch.nn.Identity()
+    strided = net(x).detach().view(2, width, -1)
+    step = 4 if arch == "resnet50" else 1  # of the places that the strided network has
+    same_places = h[:, :, ::step, ::step].flatten(2)
+    assert (same_places - strided).abs().max() < 1e-4 * strided.max()
 
 
 def make_layout(root, layout):
     """The flags of a small data set in one of three layouts, with the classes of its first training mask."""
-    parts = {
-        "folder": ("train/images train/masks val/images val/masks", ""),
-        "ade20k": ("images/training annotations/training images/validation annotations/validation", ""),
-        "voc2012": ("JPEGImages SegmentationClass JPEGImages SegmentationClass", "VOCdevkit/VOC2012"),
-    }
-    names, below = parts[layout]
-    folders = [root / below / name for name in names.split()]
-    for split, (images, masks) in zip(("train", "val"), (folders[:2], folders[2:]), strict=True):
+    folders, top = ev.LAYOUTS.get(layout), root
+    if layout == "voc2012":
+        folders, top = ["JPEGImages", "SegmentationClass"] * 2, root / "VOCdevkit/VOC2012"
+    for split, (images, masks) in dict(train=folders[:2], val=folders[2:]).items():
         for i in range(4):
-            mask = masks / f"{split}{i}.png"
-            make_pair(images / f"{split}{i}.jpg", mask, i)
+            mask = top / masks / f"{split}{i}.png"
+            make_pair(top / images / f"{split}{i}.jpg", mask, i)
             labels = numpy.array(Image.open(mask))
             if layout == "ade20k":
                 labels += 1  # 255 is 0, which does not count
@@ -237,13 +253,13 @@ def make_layout(root, layout):
                 picture.putpalette(range(255, -1, -1), "RGB")
             picture.save(mask)
         if layout == "voc2012":
-            names = root / below / f"ImageSets/Segmentation/{split}.txt"
+            names = top / f"ImageSets/Segmentation/{split}.txt"
             names.parent.mkdir(parents=True, exist_ok=True)
             names.write_text("".join(f"{split}{i}\n" for i in range(4)))
     return f"voc2012:{root}" if layout == "voc2012" else str(root)
 
 
-@pytest.mark.parametrize("layout", ["folder", "ade20k", "voc2012"])
+@pytest.mark.parametrize("layout", ["masks", "ade20k", "voc2012"])
 def test_masks_are_read_in_each_layout(layout, tmp_path, capsys):
     data = make_layout(tmp_path / "data", layout)
     args = ev.get_args([*EVALUATION, "--mode", "segment", "--data", data])
@@ -260,10 +276,7 @@ def test_masks_are_read_in_each_layout(layout, tmp_path, capsys):
 
 
 def test_depths_are_in_metres_and_crops_that_are_enlarged_are_nearer(data):
-    flags = f"--mode depth --data {data['depth']} --depth-unit 500".split()
-    args = ev.get_args([*EVALUATION, *FLAGS, *flags])
-    images, _ = ev.open_dense(args)
-    crops = ev.DenseCrops(images, args)
+    crops, _ = crops_of(data["depth"], "depth", "--depth-unit", "500")
     image, target, _ = crops[None, 0]
     assert target.unique().tolist() == [0, 2, 4, 8]
     _, nearer = crops.crop(ev.tv_tensors.Image(image), ev.tv_tensors.Mask(target), 2 / 3, 0.5, 0.5, 0.9)
@@ -271,73 +284,81 @@ def test_depths_are_in_metres_and_crops_that_are_enlarged_are_nearer(data):
 
 
 def test_the_rate_is_chosen_on_training_images(tmp_path, data, monkeypatch):
-    measured = []
+    calls = []
     measure = ev.measure
 
-    def spy(online, images, rows, *rest):
-        measured.append((images.key, rows.tolist()))
-        return measure(online, images, rows, *rest)
+    def spy(*args):
+        calls.append((*args[:2], args[2].tolist(), measure(*args)))
+        return calls[-1][-1]
 
     monkeypatch.setattr(ev, "measure", spy)
     assert evaluate("--mode segment --lr 1e-9 0.05", data["segment"], tmp_path / "out") == 0
     (record,) = read_log(tmp_path / "out", "results.jsonl")
-    assert len(record["grid"]) == 2 and list(record["results"]) == [
-        max(record["grid"], key=record["grid"].get)
-    ]
-    (train, held), again, (test, rows) = measured
-    assert again == (train, held) and len(held) == 1 and train != test and rows == [0, 1, 2, 3, 4]
+    held, again, (online, test, rows, metrics) = calls
+    best = max(held, again, key=lambda call: call[3]["miou"])
+    assert held[3] != again[3] and online is best[0] and list(record["results"].values()) == [metrics]
+    assert held[1] is again[1] and held[2] == again[2] and len(held[2]) == 1
+    assert test is not held[1] and rows == [0, 1, 2, 3, 4]
+    assert state_of(tmp_path / "out/segment/lr 0.05, wd 0.0001")["data"]["images"] == 7  # to fit
     assert "chosen on 1 held-out" in record["protocol"]
 
 
-def damage(root, kind):
-    """Make one thing wrong in a data set of segmentation."""
-    masks = root / "train/masks"
-    if kind == "size":
-        Image.new("L", (30, 20)).save(masks / "0.png")
-    elif kind == "colours":
-        Image.open(masks / "0.png").convert("RGB").save(masks / "0.png")
-    elif kind == "16 bits":
-        numbers = numpy.array(Image.open(masks / "0.png")).astype("uint16")
-        Image.fromarray(numbers).save(masks / "0.png")
-    elif kind == "class":
-        Image.new("L", (72, 40), 7).save(root / "val/masks/0.png")
-    elif kind == "missing":
-        (masks / "0.png").unlink()
-    elif kind == "ignored":
-        for path in masks.iterdir():
-            Image.new("L", Image.open(path).size, 255).save(path)
-    elif kind == "layout":
-        masks.rename(root / "train/labels")
+WRONG_MASKS = {  # which are replaced, by what (shape None: that of the image), and the message
+    "size": ("train/masks/0.png", (20, 30), "uint8", 0, "(20, 30) and uint8, its image of shape (40, 72)"),
+    "colours": ("train/masks/0.png", (40, 72, 3), "uint8", 0, "0.png is of shape (40, 72, 3) and uint8"),
+    "16 bits": ("train/masks/0.png", (40, 72), "uint16", 0, "0.png is of shape (40, 72) and uint16"),
+    "class": ("val/masks/0.png", (40, 72), "uint8", 7, "test masks have class 7, training masks 0 to 2"),
+    "ignored": ("train/masks/*.png", None, "uint8", 255, "no pixel of"),
+    "missing": ("train/masks/0.png", (), "uint8", 0, "1 of 8 images have no target that can be read, such"),
+    "no masks": ("train/masks/*.png", (), "uint8", 0, "8 of 8 images have no target"),
+    "no images": ("val/images/*.jpg", (), "uint8", 0, "no images in"),
+}
 
 
-@pytest.mark.parametrize(
-    "kind, flags, message",
-    [
-        ("size", "", "0.png is of shape (20, 30) and uint8, its image of shape (40, 72)"),
-        ("colours", "", "0.png is of shape (40, 72, 3) and uint8"),
-        ("16 bits", "", "0.png is of shape (40, 72) and uint16"),
-        ("class", "", "test masks have class 7, training masks 0 to 2"),
-        ("missing", "", "1 of 8 images have no target that can be read, such as"),
-        ("ignored", "", "no pixel of"),
-        ("layout", "", "train/masks"),
-        ("", "--mode depth", "train/depth"),
-        ("", "--mode segment,knn", "--mode segment,knn: segment has data of its own"),
-        ("", "--labels 10", "--labels 10 is for labels of images"),
-        ("", "--batch-size 9", "--batch-size 9 is more than the 8 images to train on"),
-        ("", "--data voc2012:/nowhere", "voc2012 is not in /nowhere"),
-    ],
-)
-def test_bad_input_gets_one_sentence(kind, flags, message, tmp_path, capsys):
+@pytest.mark.parametrize("kind", WRONG_MASKS)
+def test_wrong_targets_get_one_sentence(kind, tmp_path, capsys):
     root = make_data(tmp_path / "data")
-    damage(root, kind)
-    assert evaluate(f"--mode segment {flags}", root, tmp_path / "out") == 2
+    pattern, shape, dtype, value, message = WRONG_MASKS[kind]
+    for path in list(root.glob(pattern)):
+        size = Image.open(path).size
+        path.unlink()
+        if shape != ():
+            write(path, numpy.full(shape or size[::-1], value, dtype))
+    assert evaluate("--mode segment", root, tmp_path / "out") == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
 
 
-def test_an_image_that_cannot_be_read_is_named_and_its_pixels_do_not_count(tmp_path, capsys):
-    root = make_data(tmp_path / "data", train_images=4, test_images=101)
-    path = root / "val/images/7.jpg"
-    path.write_bytes(path.read_bytes()[:700])  # its header is whole
-    assert evaluate("--mode segment --epochs 1", root, tmp_path / "out") == 0
-    assert capsys.readouterr().err.count("7.jpg") == 1
+WRONG_FLAGS = {
+    "--mode depth": "8 of 8 images have no target that can be read, such as",
+    "--mode segment,knn": "--mode segment,knn: segment has data of its own",
+    "--labels 10": "--labels 10 is for labels of images",
+    "--batch-size 9": "--batch-size 9 is more than the 8 images to train on",
+    "--data voc2012:/nowhere": "voc2012 is not in /nowhere",
+    "--data nothing": "there are no images in nothing/train/images",
+}
+
+
+@pytest.mark.parametrize("flags", WRONG_FLAGS)
+def test_wrong_flags_get_one_sentence(flags, tmp_path, data, capsys):
+    assert evaluate(f"--mode segment {flags}", data["segment"], tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert WRONG_FLAGS[flags] in error and "Traceback" not in error
+
+
+def test_of_a_hundred_images_one_may_be_damaged_and_one_without_a_mask(tmp_path, capsys):
+    root = make_data(tmp_path / "data", counts=(101, 101))
+    (root / "train/masks/9.png").unlink()
+    for split in ("train", "val"):
+        path = root / split / "images/7.jpg"
+        path.write_bytes(path.read_bytes()[:700])  # its header is whole
+    assert evaluate("--mode segment --epochs 1 --batch-size 50", root, tmp_path / "out") == 0
+    error = capsys.readouterr().err
+    assert error.count("train/images/7.jpg") == error.count("val/images/7.jpg") == 1
+    assert error.count(f"left out: 1 of 101 images have no target that can be read, such as {root}") == 1
+    (record,) = read_log(tmp_path / "out", "results.jsonl")
+    assert "100 training, 101 test images" in record["protocol"]
+    crops, _ = crops_of(root, "segment")
+    row = [crops.images.read(i) is None for i in range(100)].index(True)
+    _, target, readable = crops[0, row]
+    assert not readable and (target == 255).all()
