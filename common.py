@@ -110,13 +110,14 @@ def parser_for(doc, lr="for 256 images (multiplied by batch-size / 256)", last_l
     """
     parser = Parser(description=doc, usage="%(prog)s [flags]")
     add = parser.add_argument_group("data and run").add_argument
-    add("--data", help="folder with train/ and val/ (or test/) of class folders; any folder of images; or "
-        "cifar10, cifar100, stl10, each with :/path/to/it (default ./data); left out: built-in patterns")
+    add("--data", help="folder with train/ and val/ (or test/) of class folders; any folder of images; a zip "
+        "of either; or cifar10, cifar100, stl10, each with :/path/to/it (default ./data); left out: built-in "
+        "patterns")
     add("--subset", type=number(int, 0), default=0, help="train on the first N images of each class (0: all)")
     add("--out", help="run directory; the same command resumes the run (default: runs/SCRIPT-RECIPE)")
     add("--recipe", help="published or tuned settings, which flags override (default: imagenet for a "
         "folder, the name of a named data set, demo without --data)")
-    add("--init", metavar="FILE", help="a backbone.pth to start from")
+    add("--init", metavar="FILE", help="a backbone to start from: any checkpoint with this ResNet")
     add("--epochs", type=number(int, 1), help="passes over the data")
     add("--batch-size", type=number(int, 2), help="N, images per step over all ranks")
     add_run_flags(add)
