@@ -571,9 +571,9 @@ MEAN = (124, 116, 104)  # of ImageNet's colours, which the network sees as 0
 
 
 class DenseImages(common.Images):
-    """Images with a target, a class or a depth for each pixel. Class 255 and depth 0 do not count.
+    """Images with a target for each pixel, a class or a depth; class 255 and depth 0 are ignored.
 
-    targets are paths of PNGs, or masks in memory (n, H, W). labels, the classes of images, are all 0.
+    targets: paths of PNGs, or masks in memory (n, H, W). The labels of the images are all 0.
     """
 
     def __init__(self, images, targets, mode, depth_unit=1, first_class=0):
@@ -581,7 +581,7 @@ class DenseImages(common.Images):
         self.targets = targets
         self.mode = mode
         self.depth_unit = depth_unit
-        self.first_class = first_class  # ADE20K's is 1, and its 0 does not count
+        self.first_class = first_class  # 1 in ADE20K, where 0 is ignored
         self.ignored = 0 if mode == "depth" else 255
 
     def take(self, rows):
@@ -589,7 +589,7 @@ class DenseImages(common.Images):
         return DenseImages(super().take(rows), targets, self.mode, self.depth_unit, self.first_class)
 
     def read_target(self, i):
-        """An array (H, W): classes as uint8, or depths in metres as float32."""
+        """The target of image i (H, W): classes as uint8, or depths in metres as float32."""
         if self.in_memory:
             return self.targets[i]
         with Image.open(self.targets[i]) as picture:
@@ -604,7 +604,7 @@ class DenseImages(common.Images):
             with Image.open(self.data[i]) as picture:
                 width, height = picture.size
             target = self.read_target(i)
-        except Exception:  # Pillow raises many types
+        except Exception:  # Pillow raises many types of error
             return None
         if target.shape != (height, width) or target.dtype not in ("uint8", "float32"):
             fail(
@@ -654,9 +654,9 @@ def open_dense(args):
 
 
 def draw_mosaics(n, split):
-    """n images of 64 pixels, of two kinds of built-in images side by side or one above the other."""
+    """Draw n images of 64 x 64 pixels: built-in patterns of two classes, side by side or stacked."""
     patterns = common.draw_patterns(4 * n, split)
-    pairs = patterns.labels.argsort().view(2 * n, 2)  # of one kind
+    pairs = patterns.labels.argsort().view(2 * n, 2)  # of one class
     tiles = pairs[common.uniform(0, split, torch.arange(2 * n), 8).argsort()].view(n, 2, 2)
     tiles[1::2] = tiles[1::2].mT.clone()
     images = patterns.data[tiles].permute(0, 3, 1, 4, 2, 5).reshape(n, 3, 64, 64)
@@ -666,12 +666,12 @@ def draw_mosaics(n, split):
 
 
 def open_voc(root, split):
-    """A split of PASCAL VOC 2012, downloaded where it is missing."""
+    """A split of PASCAL VOC 2012, downloaded if missing."""
     try:
         missing = not Path(root, "VOCdevkit/VOC2012").is_dir()
         voc = datasets.VOCSegmentation(root, image_set=split, download=missing)
-    except Exception as error:  # no network, or a part of it is missing
-        fail(f"voc2012 is not in {root} and cannot be had ({error}): give --data voc2012:/where/it/lies")
+    except Exception as error:  # no network, or files are missing
+        fail(f"voc2012 is not in {root} and cannot be fetched ({error}): give --data voc2012:/path/to/it")
     paths = numpy.array([os.fsencode(path) for path in voc.images])
     images = common.Images(paths, torch.zeros(len(paths)), [], f"voc2012 {split}")
     return DenseImages(images, voc.masks, "segment")
@@ -704,24 +704,24 @@ def check_targets(args, images):
         print(f"left out: {text}", file=sys.stderr)
     counts, highest = zip(*[checks[row] for row in rows], strict=True)
     if not any(counts):
-        fail(f"--data {args.data}: no pixel of {images.targets[0].parent} counts, all are {images.ignored}")
+        fail(f"--data {args.data}: no pixel of {images.targets[0].parent} counts: all are {images.ignored}")
     return images.take(torch.tensor(rows)), int(max(highest))
 
 
 class DenseCrops(torch.utils.data.Dataset):
-    """What a worker does: an image and its target are read, and cropped alike."""
+    """What a worker does: read an image and its target, and crop both alike."""
 
     def __init__(self, images, args):
         self.images = images
         self.args = args
 
-    def __getitem__(self, place):
-        """(image, target, whether the image can be read) of (epoch, row); whole where epoch is None."""
-        epoch, row = place
+    def __getitem__(self, key):
+        """(image, target, whether the image can be read) of (epoch, row); uncropped if epoch is None."""
+        epoch, row = key
         image = self.images.read(row)
         target = torch.from_numpy(self.images.read_target(row))
         readable = image is not None
-        if not readable:  # its pixels do not count
+        if not readable:  # its pixels are ignored
             image = torch.zeros(3, *target.shape, dtype=torch.uint8)
             target = torch.full_like(target, self.images.ignored)
         if epoch is not None:
@@ -730,7 +730,7 @@ class DenseCrops(torch.utils.data.Dataset):
         return image, target, readable
 
     def crop(self, image, target, zoom, down, right, flip):
-        """A square of both, enlarged by a factor from --scales, and flipped in half of all cases."""
+        """Crop a square from an image and its target, at a scale from --scales, and flip half of them."""
         size = self.args.size
         low, high = self.args.scales
         scale = low + zoom * (high - low)
@@ -752,7 +752,7 @@ class DenseCrops(torch.utils.data.Dataset):
 
 
 def dense_batches(images, order, args, device):
-    """Yields (step, x (n, 3, H, W), targets (n, H, W)) for each (step, epoch, rows (n,)) of `order`."""
+    """Yield (step, x (n, 3, H, W), targets (n, H, W)) for each (step, epoch, rows (n,)) of `order`."""
     order, ahead = itertools.tee(order)
     loader = torch.utils.data.DataLoader(
         DenseCrops(images, args),
@@ -769,16 +769,16 @@ def dense_batches(images, order, args, device):
 
 
 def output_stride(net, args):
-    """Pixels of the image for each place of the last map: 32 where it is not 8 and cannot be made 8."""
+    """Pixels per cell of the last feature map: 8 or, where dilation cannot make it 8, 32."""
     basic_blocks = not hasattr(net.layer4[0], "conv3")
     return 32 if args.stem == "imagenet" and basic_blocks else 8
 
 
 def dense_network(args, net, channels):
-    """The backbone up to its last map, and BN and a 1 x 1 convolution, or with --lr-backbone an FCN's head.
+    """The backbone up to its last map, then BN and a 1 x 1 convolution or, with --lr-backbone, an FCN head.
 
-    Bottlenecks get output stride 8: in stages 3 and 4, convolutions are dilated instead of strided.
-    torchvision's basic blocks cannot be dilated. With the CIFAR stem it is 8 without.
+    Bottlenecks get output stride 8 by dilated convolutions in stages 3 and 4, in place of strided ones;
+    torchvision's basic blocks cannot be dilated. With the CIFAR stem, the output stride is 8 anyway.
     """
     if args.stem == "imagenet" and args.output_stride == 8:
         strides = dict(replace_stride_with_dilation=[False, True, True], norm_layer=common.BatchNorm)
@@ -793,7 +793,7 @@ def dense_network(args, net, channels):
         head[3] = nn.Identity()  # dropout would depend on the number of ranks and on interruptions
     else:
         head = nn.Sequential(common.BatchNorm(net.inplanes), nn.Conv2d(net.inplanes, channels, 1))
-    stages = collections.OrderedDict(list(net.named_children())[:-2])  # not the pooling, nor the classifier
+    stages = collections.OrderedDict(list(net.named_children())[:-2])  # without pooling and classifier
     backbone = copy.deepcopy(nn.Sequential(stages))
     backbone.requires_grad_(args.lr_backbone > 0).train(args.lr_backbone > 0)
     return nn.Sequential(collections.OrderedDict(backbone=backbone, classifier=head))
@@ -807,7 +807,7 @@ def predict(model, x, target, args):
 
 
 def dense_loss(scores, target, args):
-    """The mean over pixels of all ranks that count: cross-entropy, or the absolute error of the log depth."""
+    """The mean over valid pixels of all ranks: cross-entropy, or the absolute error of the log depth."""
     if args.mode == "segment":
         counted = target != 255
         error = F.cross_entropy(scores, target.long(), ignore_index=255, reduction="sum")
@@ -820,7 +820,7 @@ def dense_loss(scores, target, args):
 
 
 def train_dense(args, net, images, device, lr, wd):
-    """SGD of the head, and with --lr-backbone of all weights; the network, from images to maps of scores."""
+    """Train the head, or with --lr-backbone all weights, by SGD; returns the network."""
     total = args.epochs * (len(images) // args.batch_size)
     online = common.prepare(dense_network(args, net, len(images.classes)), device)
     model = common.parallel(online, args, device)
@@ -858,14 +858,14 @@ def train_dense(args, net, images, device, lr, wd):
 
 
 def confusion(scores, target):
-    """Numbers (C + 1, C) of pixels of each true and predicted class; those in the last row do not count."""
+    """Counts (C + 1, C) of pixels by true and predicted class; the last row is for ignored pixels."""
     classes = scores.shape[1]
     index = target.long().clamp(max=classes) * classes + scores.argmax(1)
     return index.flatten().bincount(minlength=(classes + 1) * classes).view(classes + 1, classes)
 
 
 def depth_errors(scores, target):
-    """Of the pixels that count: how many, within 1.25, 1.25^2, 1.25^3; sums of relative, squared errors."""
+    """Over valid pixels: their number; those within 1.25, 1.25^2, 1.25^3; sums of relative, squared error."""
     counted = target > 0
     true = target[counted].double()
     predicted = scores[:, 0][counted].double().exp()
@@ -896,7 +896,7 @@ def depth_metrics(sums):
 
 @torch.no_grad()
 def measure(online, images, rows, args, device):
-    """Metrics over all pixels of some images, which are predicted whole, and divided among the ranks."""
+    """Metrics over all pixels of the uncropped images in `rows`, which are divided among the ranks."""
     classes = len(images.classes)
     counts = torch.zeros(classes + 1, classes, dtype=torch.int64, device=device)
     errors = torch.zeros(6, dtype=torch.float64, device=device)
@@ -915,7 +915,7 @@ def measure(online, images, rows, args, device):
 
 @torch.no_grad()
 def write_predictions(path, online, images, args, device):
-    """A picture of eight test images, each with its target and the prediction; what is near is bright."""
+    """Save a picture of eight test images, their targets and predictions; near depths are bright."""
     colours = torch.rand(256, 3, generator=torch.Generator().manual_seed(104))  # the first differ most
     colours[255] = 1
     tiles = []
@@ -936,7 +936,7 @@ def write_predictions(path, online, images, args, device):
 
 
 def dense(args, net, data, device):
-    """Train with each rate and decay in turn; the best on held-out images is tested."""
+    """Train with each rate and decay in turn, and test the network that is best on held-out images."""
     args.output_stride = output_stride(net, args)
     points = list(itertools.product(args.lr, args.wd))
     fit = data.train.take(data.fit)
