@@ -572,7 +572,7 @@ MEAN = (124, 116, 104)  # of ImageNet's colours, which the network sees as 0
 class DenseImages(common.Images):
     """Images with a target for each pixel, a class or a depth; class 255 and depth 0 are ignored.
 
-    targets are paths of PNGs, or masks in memory (n, H, W). labels, the classes of images, are all 0.
+    targets: paths of PNGs, or masks in memory (n, H, W). The labels of the images are all 0.
     """
 
     def __init__(self, images, targets, mode, depth_unit=1, first_class=0):
@@ -703,7 +703,7 @@ def check_targets(args, images):
         print(f"left out: {text}", file=sys.stderr)
     counts, highest = zip(*[checks[row] for row in rows], strict=True)
     if not any(counts):
-        fail(f"--data {args.data}: no pixel of {images.targets[0].parent} counts, all are {images.ignored}")
+        fail(f"--data {args.data}: no pixel of {images.targets[0].parent} counts: all are {images.ignored}")
     return images.take(torch.tensor(rows)), int(max(highest))
 
 
@@ -729,7 +729,7 @@ class DenseCrops(torch.utils.data.Dataset):
         return image, target, readable
 
     def crop(self, image, target, zoom, down, right, flip):
-        """A square of both, enlarged by a factor from --scales, and flipped in half of all cases."""
+        """Crop a square from an image and its target, at a scale from --scales, and flip half of them."""
         size = self.args.size
         low, high = self.args.scales
         scale = low + zoom * (high - low)
@@ -751,7 +751,7 @@ class DenseCrops(torch.utils.data.Dataset):
 
 
 def dense_batches(images, order, args, device):
-    """Yields (step, x (n, 3, H, W), targets (n, H, W)) for each (step, epoch, rows (n,)) of `order`."""
+    """Yield (step, x (n, 3, H, W), targets (n, H, W)) for each (step, epoch, rows (n,)) of `order`."""
     order, ahead = itertools.tee(order)
     loader = torch.utils.data.DataLoader(
         DenseCrops(images, args),
@@ -792,7 +792,7 @@ def dense_network(args, net, channels):
         head[3] = nn.Identity()  # dropout would depend on the number of ranks and on interruptions
     else:
         head = nn.Sequential(common.BatchNorm(net.inplanes), nn.Conv2d(net.inplanes, channels, 1))
-    stages = collections.OrderedDict(list(net.named_children())[:-2])  # not the pooling, nor the classifier
+    stages = collections.OrderedDict(list(net.named_children())[:-2])  # without pooling and classifier
     backbone = copy.deepcopy(nn.Sequential(stages))
     backbone.requires_grad_(args.lr_backbone > 0).train(args.lr_backbone > 0)
     return nn.Sequential(collections.OrderedDict(backbone=backbone, classifier=head))
@@ -806,7 +806,7 @@ def predict(model, x, target, args):
 
 
 def dense_loss(scores, target, args):
-    """The mean over pixels of all ranks that count: cross-entropy, or the absolute error of the log depth."""
+    """The mean over valid pixels of all ranks: cross-entropy, or the absolute error of the log depth."""
     if args.mode == "segment":
         counted = target != 255
         error = F.cross_entropy(scores, target.long(), ignore_index=255, reduction="sum")
@@ -819,7 +819,7 @@ def dense_loss(scores, target, args):
 
 
 def train_dense(args, net, images, device, lr, wd):
-    """SGD of the head, and with --lr-backbone of all weights; the network, from images to maps of scores."""
+    """Train the head, or with --lr-backbone all weights, by SGD; returns the network."""
     total = args.epochs * (len(images) // args.batch_size)
     online = common.prepare(dense_network(args, net, len(images.classes)), device)
     model = common.parallel(online, args, device)
@@ -857,7 +857,7 @@ def train_dense(args, net, images, device, lr, wd):
 
 
 def confusion(scores, target):
-    """Numbers (C + 1, C) of pixels of each true and predicted class; those in the last row do not count."""
+    """Counts (C + 1, C) of pixels by true and predicted class; the last row is for ignored pixels."""
     classes = scores.shape[1]
     index = target.long().clamp(max=classes) * classes + scores.argmax(1)
     return index.flatten().bincount(minlength=(classes + 1) * classes).view(classes + 1, classes)
@@ -895,7 +895,7 @@ def depth_metrics(sums):
 
 @torch.no_grad()
 def measure(online, images, rows, args, device):
-    """Metrics over all pixels of some images, which are predicted whole, and divided among the ranks."""
+    """Metrics over all pixels of the uncropped images in `rows`, which are divided among the ranks."""
     classes = len(images.classes)
     counts = torch.zeros(classes + 1, classes, dtype=torch.int64, device=device)
     errors = torch.zeros(6, dtype=torch.float64, device=device)
@@ -914,7 +914,7 @@ def measure(online, images, rows, args, device):
 
 @torch.no_grad()
 def write_predictions(path, online, images, args, device):
-    """A picture of eight test images, each with its target and the prediction; what is near is bright."""
+    """Save a picture of eight test images, their targets and predictions; near depths are bright."""
     colours = torch.rand(256, 3, generator=torch.Generator().manual_seed(104))  # the first differ most
     colours[255] = 1
     tiles = []
