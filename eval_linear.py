@@ -899,17 +899,21 @@ def measure(online, images, rows, args, device):
     classes = len(images.classes)
     counts = torch.zeros(classes + 1, classes, dtype=torch.int64, device=device)
     errors = torch.zeros(6, dtype=torch.float64, device=device)
-    rows = rows[common.rank() :: common.world()]
-    order = [(None, None, row) for row in rows.split(1) if len(row)]
+    local_rows = rows[common.rank() :: common.world()]
+    order = [(None, None, row) for row in local_rows.split(1) if len(row)]
     for _, x, target in dense_batches(images, order, args, device):
         scores = predict(online, x, target, args)
         if args.mode == "depth":
             errors += depth_errors(scores, target)
         else:
             counts += confusion(scores, target)
+    counts = common.all_reduce(counts)
+    errors = common.all_reduce(errors)
+    if counts[:-1].sum() + errors[0] == 0:  # test images were checked
+        fail(f"no pixel of the {len(rows)} held-out images counts: give one --lr and one --wd")
     if args.mode == "depth":
-        return depth_metrics(common.all_reduce(errors))
-    return segment_metrics(common.all_reduce(counts), images.classes)
+        return depth_metrics(errors)
+    return segment_metrics(counts, images.classes)
 
 
 @torch.no_grad()

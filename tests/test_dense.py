@@ -283,6 +283,15 @@ def test_depths_are_in_metres_and_crops_that_are_enlarged_are_nearer(data):
     assert nearer.shape == (64, 64) and set((3 * nearer).unique().tolist()) <= {0, 4, 8, 16}
 
 
+def test_a_rate_is_not_chosen_on_images_without_pixels_that_count(tmp_path, capsys):
+    root = make_data(tmp_path / "data")
+    (row,) = ev.stratified(torch.zeros(8), 0.1, 0, ev.HELD_OUT).tolist()
+    path = sorted((root / "train/masks").iterdir())[row]
+    write(path, numpy.full_like(numpy.array(Image.open(path)), 255))
+    assert evaluate("--mode segment --epochs 1 --lr 1e-9 0.05", root, tmp_path / "out") == 2
+    assert "no pixel of the 1 held-out images counts" in capsys.readouterr().err
+
+
 def test_the_rate_is_chosen_on_training_images(tmp_path, data, monkeypatch):
     calls = []
     measure = ev.measure
