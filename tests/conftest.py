@@ -26,7 +26,7 @@ import music
 ROOT = Path(music.__file__).parent
 FORKSERVER = multiprocessing.get_context("forkserver")  # which imports torch once
 FORKSERVER.set_forkserver_preload("torch torchvision torch.utils.tensorboard submitit pytest".split())
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
+torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # in other processes
 TINY = """--recipe demo --arch resnet18 --stem imagenet --size 16 --batch-size 16 --epochs 2 --device cpu
     --hidden 32 --dim 16 --views byol --log-every 1 --knn-every 0 --warmup 0.5

@@ -144,7 +144,8 @@ def test_features_of_unlabelled_images_are_written_with_their_names(
         shutil.make_archive(tmp_path / "images", "zip", root)
     monkeypatch.setattr(ev, "PART", 7)
     data, out = tmp_path / ("images.zip" if "zip" in source else "images"), tmp_path / "out"
-    assert evaluate("--mode features", data, out) == 0
+    size = 20 if source == "small" else 64
+    assert evaluate(f"--mode features --size {size}", data, out) == 0
     features = numpy.load(out / "features.npy")
     names = (out / "names.txt").read_text().splitlines()
     kept = [name for name in sorted(common.image_names(root)) if (root / name).stat().st_size > 7]
@@ -152,7 +153,6 @@ def test_features_of_unlabelled_images_are_written_with_their_names(
     assert names == [prefix + name.replace("\n", "\\n") for name in kept]
     assert features.shape == (len(kept), 512) and features.dtype == numpy.float32
     net = ev.load_backbone(ev.get_args(EVALUATION)).eval()
-    size = 20 if source == "small" else 224
     view = common.View(size=size, resize=size * 8 // 7)
     for row in (0, len(kept) // 2, len(kept) - 1):
         pixels = common.decode(root / kept[row])[None]

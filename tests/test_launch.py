@@ -61,7 +61,7 @@ def test_sigterm_to_torchrun_saves_on_all_ranks_and_leaves_no_process(tmp_path, 
         os.killpg(process.pid, 0)
 
 
-LOCAL = "local --tasks 2", "pkill -USR2 -P", 2, 2
+LOCAL = "local --tasks 2", "pkill -USR2 -P", 2, 1
 SLURM = "slurm --nodes 2 --tasks 2 --minutes 30", "scancel --signal=USR2", 4, 4
 
 
