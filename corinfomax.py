@@ -38,14 +38,18 @@ class CorInfoMax(nn.Module):
     """The loss with its state, float64, the same on every rank: mu (2, d), R (2, d, d), R12 (d, d).
 
     A call in training mode updates the state. Gradients flow only through this batch's share of it.
+    With log_ldmi the mutual information is among the terms whatever the objective is.
     """
 
-    def __init__(self, d, forget_R=0.01, forget_mu=0.01, eps=1e-8, r0=1.0, objective="corinfomax"):
+    def __init__(
+        self, d, forget_R=0.01, forget_mu=0.01, eps=1e-8, r0=1.0, objective="corinfomax", log_ldmi=False
+    ):
         super().__init__()
         self.forget_R = forget_R
         self.forget_mu = forget_mu
         self.eps = eps
         self.objective = objective
+        self.with_ldmi = log_ldmi or objective == "ldmi"
         self.register_buffer("mu", torch.zeros(2, d, dtype=torch.float64))
         self.register_buffer("R", r0 * torch.eye(d, dtype=torch.float64).repeat(2, 1, 1))
         self.register_buffer("R12", torch.zeros(d, d, dtype=torch.float64))
@@ -60,17 +64,17 @@ class CorInfoMax(nn.Module):
         x = z - mu[:, None]
         R = self.forget_R * self.R + (1 - self.forget_R) * common.all_reduce(x.mT @ x) / N  # (2, d, d)
         invariance = common.all_reduce(F.mse_loss(z[0], z[1], reduction="sum")) / (N * d)
+        terms = dict(invariance=invariance)
         R12 = self.R12
-        if self.objective == "ldmi":
+        if self.with_ldmi:
             R12 = self.forget_R * self.R12 + (1 - self.forget_R) * common.all_reduce(x[0].mT @ x[1]) / N
             schur = R[0] - R12 @ torch.linalg.solve_ex(self.regularised(R[1]), R12.mT)[0]
-            information = 2 / d * (self.logdet(R[0]) - self.logdet((schur + schur.mT) / 2))
-            loss = -information
-            terms = dict(invariance=invariance, information=information)
+            terms["information"] = 2 / d * (self.logdet(R[0]) - self.logdet((schur + schur.mT) / 2))
+        if self.objective == "ldmi":
+            loss = -terms["information"]
         else:
-            big_bang = -(self.logdet(R[0]) + self.logdet(R[1])) / d
-            loss = alpha * invariance + big_bang
-            terms = dict(invariance=invariance, big_bang=big_bang)
+            terms["big_bang"] = -(self.logdet(R[0]) + self.logdet(R[1])) / d
+            loss = alpha * invariance + terms["big_bang"]
         if self.training:
             self.mu = mu.detach()
             self.R = R.detach()
@@ -136,6 +140,8 @@ def get_args(argv=None):
     parser = common.parser_for(__doc__, lr="absolute", last_lr="absolute")
     add = parser.add_argument_group("CorInfoMax").add_argument
     add("--objective", choices=["corinfomax", "ldmi"], default="corinfomax", help="which loss L")
+    log_ldmi = "log the mutual information, whatever the objective"
+    add("--log-ldmi", action=argparse.BooleanOptionalAction, default=False, help=log_ldmi)
     add("--alpha", type=common.number(float, 0), help="alpha, weight of the invariance")
     add(
         "--forget",
@@ -185,7 +191,9 @@ def main(args):
 
     online = common.prepare(Online(args), device)
     model = common.parallel(online, args, device)  # the same, in DDP if on ranks
-    criterion = CorInfoMax(args.dim, args.forget, args.forget, args.eps, objective=args.objective).to(device)
+    criterion = CorInfoMax(
+        args.dim, args.forget, args.forget, args.eps, objective=args.objective, log_ldmi=args.log_ldmi
+    ).to(device)
     optimizer = common.make_optimizer(online, args.optimizer, args.lr, args.wd)
     probe = common.Probe(online.width, train, device)
     state = dict(data=train, online=online, optimizer=optimizer, probe=probe)  # saved; of the data, a hash

@@ -149,7 +149,7 @@ def test_legendre_polynomials_are_orthogonal_on_the_sphere_and_1_at_1():
 @pytest.mark.parametrize("objective", ["corinfomax", "ldmi"])
 def test_corinfomax_and_ldmi_match_blocks_of_the_recursive_joint_covariance(objective):
     """LDMI is 4 / d times the mutual information of Gaussian views."""
-    criterion = corinfomax.CorInfoMax(4, 0.3, 0.2, 0.01, 2.0, objective)
+    criterion = corinfomax.CorInfoMax(4, 0.3, 0.2, 0.01, 2.0, objective, log_ldmi=True)
     mu, R = torch.zeros(8), 2 * torch.eye(8).double()
     same_view = torch.kron(torch.eye(2), torch.ones(4, 4))
     for step in range(3):
@@ -160,7 +160,9 @@ def test_corinfomax_and_ldmi_match_blocks_of_the_recursive_joint_covariance(obje
         joint = R + 0.01 * torch.eye(8)
         blocks = (joint * same_view).logdet()
         naive = dict(corinfomax=5 * F.mse_loss(*zs) - blocks / 4, ldmi=(joint.logdet() - blocks) / 2)
-        assert_same(criterion(*zs, 5.0)[0], naive[objective], zs)
+        loss, terms = criterion(*zs, 5.0)
+        assert_same(loss, naive[objective], zs)
+        torch.testing.assert_close(terms["information"], -naive["ldmi"].detach())
 
 
 def test_neither_rotation_nor_for_music_the_order_of_segments_or_units_matters():
