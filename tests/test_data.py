@@ -51,40 +51,36 @@ def test_val_is_matched_by_name_or_knn_is_off(names, classes, labels, known, sen
     assert (test and test.labels.tolist()) == known and sentence in capsys.readouterr().err
 
 
-def test_links_are_followed_and_names_may_be_odd(tmp_path):
+def test_links_are_followed_each_folder_once_and_names_may_be_odd(tmp_path):
     odd = [" .jpg", "new\nline.jpg", "\udcff\udcfe.jpg", "-x.jpg", "'\"[*].jpg", "%s{0}.jpg"]
-    write(tmp_path, *[f"train/a[b/{name}" for name in odd], "elsewhere/x.jpg")
-    (tmp_path / "train/link").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "train/link.jpg").symlink_to(tmp_path / "elsewhere/x.jpg")
+    write(tmp_path, *[f"train/b[b/{name}" for name in odd], "elsewhere/x.jpg")
+    links = {"link": "../elsewhere", "link.jpg": "../elsewhere/x.jpg"}
+    links |= {"a": "b[b", "b[b/up": ".."}  # the images of b[b again, and an endless path
+    for link, target in links.items():
+        (tmp_path / "train" / link).symlink_to(target)
     images = common.list_folder(tmp_path / "train")
-    names = [os.path.basename(os.fsdecode(path)) for path in images.data]
+    assert images.classes == ["b[b", "link"] and len(images) == 8
+    names = [os.path.basename(images.name(i)) for i in range(8)]
     labels = dict(zip(names, images.labels.tolist(), strict=True))
     assert labels == {**dict.fromkeys(odd, 0), "x.jpg": 1, "link.jpg": -1}
     assert all(images.read(i).shape == (3, 24, 20) for i in range(8))
 
 
-def test_each_directory_is_listed_once_wherever_links_lead(tmp_path):
-    write(tmp_path, "train/a/x.jpg", "train/b/deep/y.jpg", "train/b/._y.jpg", "train/.h/z.jpg")
-    (tmp_path / "train/a/up").symlink_to("..")  # an endless path
-    (tmp_path / "train/a/aside").symlink_to("../b")  # whose images are of class b
-    (tmp_path / "train/c").symlink_to("a")
-    images = common.list_folder(tmp_path / "train")
-    names = [os.path.relpath(images.name(i), tmp_path) for i in range(len(images))]
-    assert names == ["train/a/x.jpg", "train/b/deep/y.jpg"] and images.classes == ["a", "b"]
-
-
-def make_zip(path, root, *prefixes, method=zipfile.ZIP_STORED):
-    """Zip a folder, with each file below each of the prefixes."""
-    with open(path, "wb") as file, zipfile.ZipFile(file, "w", method) as archive:
-        for name in sorted(Path(root).rglob("*"), reverse=True):
-            for prefix in prefixes:
-                archive.write(name, f"{prefix}{name.relative_to(root)}")
+def make_zip(path, root, *prefixes, method=zipfile.ZIP_STORED, start=0):
+    """Zip a folder, with each file below each of the prefixes, after a hole of `start` bytes."""
+    path.parent.mkdir(exist_ok=True)
+    with open(path, "wb") as file:
+        file.seek(start)
+        with zipfile.ZipFile(file, "w", method) as archive:
+            for name in sorted(Path(root).rglob("*"), reverse=True):
+                for prefix in prefixes:
+                    archive.write(name, f"{prefix}{name.relative_to(root)}")
 
 
 @pytest.mark.parametrize("layout", ["stored", "deflated", "deep", "two", "two, flat", "large"])
-def test_a_zip_is_the_folder_it_was_made_from(layout, big_folder, tmp_path):
+def test_a_zip_is_the_folder_it_was_made_from(layout, folder, tmp_path):
     path = tmp_path / "images.zip"
-    root = shutil.copytree(big_folder, tmp_path / "images")
+    root = shutil.copytree(folder, tmp_path / "images")
     write(root, "train/b/\u00e9\u4e2d.jpg", "train/c/x.jpg")
     if layout == "stored":
         subprocess.run(["zip", "-0", "-qr", path, "train", "val"], cwd=root, check=True)
@@ -92,21 +88,12 @@ def test_a_zip_is_the_folder_it_was_made_from(layout, big_folder, tmp_path):
         make_zip(path, root, "", method=zipfile.ZIP_DEFLATED)
     elif layout == "deep":
         make_zip(path, root, "sets/of images/", "sets/of images/more/train/", "__MACOSX/._", ".hidden/")
-    elif layout == "large":  # offsets above 4 GiB, in a file that has a hole
-        with open(path, "wb") as file:
-            file.seek(5 << 30)
-            with zipfile.ZipFile(file, "w") as archive:
-                for name in root.rglob("*.jpg"):
-                    with archive.open(str(name.relative_to(root)), "w", force_zip64=True) as member:
-                        member.write(name.read_bytes())
+    elif layout == "large":
+        make_zip(path, root, "", start=5 << 30)
     else:
-        for part in ("train", "val"):
-            path = tmp_path / part
-            make_zip(f"{path}.zip", root / part, "" if "flat" in layout else f"{part}/")
         path = tmp_path / "zips"
-        path.mkdir()
         for part in ("train", "val"):
-            (tmp_path / f"{part}.zip").rename(path / f"{part}.zip")
+            make_zip(path / f"{part}.zip", root / part, "" if layout == "two, flat" else f"{part}/")
     opened = len(os.listdir("/proc/self/fd"))
     for images, expected in zip(common.open_folder(path), common.open_folder(root), strict=True):
         assert images.key == expected.key and images.classes == expected.classes
@@ -115,15 +102,6 @@ def test_a_zip_is_the_folder_it_was_made_from(layout, big_folder, tmp_path):
         assert names == [os.path.basename(expected.name(i)) for i in range(len(images))]
         assert all(torch.equal(images.read(i), expected.read(i)) for i in range(len(images)))
     assert len(os.listdir("/proc/self/fd")) - opened <= 1 + ("two" in layout)
-
-
-def test_a_run_on_a_zip_has_the_losses_of_the_folder(big_folder, tmp_path, capsys):
-    make_zip(tmp_path / "images.zip", big_folder, "")
-    flags = ["--epochs=1", "--workers=1", "--out"]
-    assert train(*flags, tmp_path / "files", "--data", big_folder) == 0
-    assert train(*flags, tmp_path / "zip", "--data", tmp_path / "images.zip") == 0
-    losses = [[record.get("loss") for record in read_log(tmp_path / out)] for out in ("files", "zip")]
-    assert len(losses[0]) == 4 and losses[0] == losses[1]
 
 
 def test_a_damaged_member_is_an_unreadable_image(folder, tmp_path, capsys):
@@ -140,9 +118,8 @@ def test_a_damaged_member_is_an_unreadable_image(folder, tmp_path, capsys):
 
 ARCHIVES = {  # a name, how it is made in a shell, and what the error says
     "x.zip": ("echo damaged > x.zip", "x.zip cannot be read as a zip: File is not a zip file"),
-    "lzma.zip": ("python -m zipfile -c lzma.zip train", "a/x.jpg is compressed by method 14, use zip -0"),
+    "bzip2.zip": ("zip -qr -Z bzip2 bzip2.zip train", "train/a/x.jpg is compressed by method 12, use zip -0"),
     "key.zip": ("zip -qr -P secret key.zip train", "is encrypted"),
-    "x.tar": ("tar -cf x.tar train", "mount it with ratarmount, or convert it to a zip"),
     "shards": ("mkdir shards && tar -czf shards/0.tar.gz train", "shards/0.tar.gz: a tar has no index"),
 }
 
@@ -152,10 +129,7 @@ def test_other_archives_are_refused_with_a_sentence(name, tmp_path, monkeypatch,
     command, sentence = ARCHIVES[name]
     write(tmp_path, "train/a/x.jpg")
     monkeypatch.chdir(tmp_path)
-    if name == "lzma.zip":
-        make_zip(name, "train", "train/", method=zipfile.ZIP_LZMA)
-    else:
-        subprocess.run(command, shell=True, check=True)
+    subprocess.run(command, shell=True, check=True)
     assert exit_code(lambda: common.open_folder(Path(name))) == 2
     assert sentence in capsys.readouterr().err
 
@@ -171,28 +145,19 @@ def test_the_command_that_makes_a_tar_a_zip_runs(tmp_path, monkeypatch, capsys):
     assert images.classes == ["a", "b"] and test.labels.tolist() == [1]
 
 
-def test_a_folder_named_as_a_data_set_is_mentioned(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "cifar10").mkdir()
-    (tmp_path / "data").touch()
-    assert exit_code(lambda: open_data("--data=cifar10")) == 2
-    assert "or --data ./cifar10 for the folder of that name" in capsys.readouterr().err
-
-
-def lose_a_worker(signum, errors, *flags):
+def lose_a_worker(errors, *flags):
     """Lose a worker in a process of its own, since torch notices at once only in a process's first run."""
     multiprocessing.set_start_method("fork", force=True)
-    common.Crops.cut = lambda *_: os.kill(os.getpid(), signum)
+    common.Crops.cut = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
     with open(errors, "w") as file:
         os.dup2(file.fileno(), 2)
         sys.stderr = file
         raise SystemExit(launch("music.py", *TINY, "--workers=1", *flags))
 
 
-@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGBUS])
-def test_a_killed_worker_ends_the_run_with_a_sentence(signum, big_folder, tmp_path):
+def test_a_killed_worker_ends_the_run_with_a_sentence(big_folder, tmp_path):
     flags = [tmp_path / "errors", "--data", big_folder, "--out", tmp_path / "out"]
-    process = FORKSERVER.Process(target=lose_a_worker, args=(signum, *flags))
+    process = FORKSERVER.Process(target=lose_a_worker, args=flags)
     process.start()
     process.join(200)
     message = (tmp_path / "errors").read_text().partition("music.py: error: ")[2]
@@ -204,6 +169,7 @@ def test_a_killed_worker_ends_the_run_with_a_sentence(signum, big_folder, tmp_pa
     "code, text",
     [
         (2, "unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)"),
+        (2, "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that ..."),
         (2, "DataLoader timed out after 300 seconds"),
         (0, "Caught RuntimeError in DataLoader worker process 0.\nRuntimeError: size mismatch"),
     ],

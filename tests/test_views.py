@@ -1,6 +1,8 @@
 """Random numbers without state, and each augmentation against torchvision's own."""
 
 import math
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -129,15 +131,17 @@ def test_an_order_of_jitter_is_of_a_step_and_a_view(monkeypatch):
     assert len(orders) == 24 and len(set(orders[::2])) > 5 and orders[::2] != orders[1::2]
 
 
-def test_views_are_the_same_on_all_ranks_and_workers_and_close_in_memory(folder, monkeypatch):
+def test_views_are_the_same_on_all_ranks_and_workers_and_close_in_memory(folder, tmp_path, monkeypatch):
+    """Workers read a zip, and a single process without workers the files."""
     flags = ["--local-crops=2", "--size=32", "--workers"]
-    files = common.list_folder(folder / "train")
+    files, _ = common.open_folder(folder)
+    zipped, _ = common.open_folder(Path(shutil.make_archive(tmp_path / "images", "zip", folder)))
     memory = common.to_memory(files, CPU)
     runs = [steps_of(memory, 1, 5, *flags, "0"), steps_of(files, 1, 5, *flags, "0")]
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in "01":
         monkeypatch.setenv("RANK", rank)
-        runs.append(steps_of(files, 1, 5, *flags, "2"))
+        runs.append(steps_of(zipped, 1, 5, *flags, "2"))
     for step in zip(*runs, strict=True):
         for of_memory, x, *halves in zip(*step, strict=True):
             assert torch.equal(x, torch.cat(halves))
