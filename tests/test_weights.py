@@ -3,14 +3,13 @@
 import argparse
 import io
 import pickle
-import signal
 import sys
 import zipfile
 
 import numpy
 import pytest
 import torch
-from conftest import exit_code, read_log, same, signals, state_of, train
+from conftest import exit_code, read_log, same, train
 from torch import nn
 from torchvision.models import VisionTransformer
 
@@ -24,18 +23,17 @@ LAYOUTS = {  # where in a file, under which prefix, are the published weights; a
     "moco": "state_dict/module.encoder_q. state_dict/module.encoder_k.",
     "moco v3": "state_dict/module.base_encoder. state_dict/module.momentum_encoder.",
     "dino": "teacher/backbone. student/module.backbone.",
-    "corinfomax": "model_state_dict/backbone.",
     "lightly": "state_dict/backbone.",
-    "lightly, alone": "/",
     "our checkpoint": "average/ online/backbone.",
 }
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_the_published_resnet_is_found_in_a_checkpoint(name, tmp_path):
-    published = CHILDREN if "lightly" in name else NET
+    published = CHILDREN if name == "lightly" else NET
     content = {"args": argparse.Namespace(lr=0.1), "student": {0: "text"}, "fc.weight": torch.zeros(3)}
-    for net, layout in zip((published, OTHER), LAYOUTS[name].split(), strict=False):
+    parts = list(zip((published, OTHER), LAYOUTS[name].split(), strict=False))
+    for net, layout in reversed(parts):  # so that it is not merely the first in the file
         part, prefix = layout.split("/")
         net.state_dict(destination=content.setdefault(part, {}) if part else content, prefix=prefix)
     content.pop("bn1.num_batches_tracked", None)  # as in old files
@@ -68,8 +66,8 @@ CONTENTS["tensors with attributes"]["conv1.weight"].decay = False
 
 
 @pytest.mark.parametrize("name", CONTENTS)
-@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "old"])
-def test_weights_are_read_beside_any_objects(name, zipped, tmp_path, monkeypatch):
+def test_weights_are_read_beside_any_objects(name, tmp_path, monkeypatch):
+    zipped = "GPUs" not in name  # else a file as of torch before 1.6
     torch.save(CONTENTS[name], tmp_path / "file", _use_new_zipfile_serialization=zipped)
     monkeypatch.delattr(sys.modules[__name__], "Attributes")  # as in a project without this class
     net, arch, stem, _ = common.find_resnet(common.load_weights(tmp_path / "file"))
@@ -87,11 +85,7 @@ HOSTILE = {  # each leaves an object on the pickle's stack
     "exec": call("builtins", "exec", "import evil; evil.strike()"),
     "dotted": call("torch", "serialization.os.system", "python -c 'import evil; evil.strike()'"),
     "build": b"cevil\nEvil\n)\x81}b",
-    "inst": b"(ievil\nEvil\n",
-    "obj": b"(cevil\nEvil\no",
     "by a tensor's function": b"ctorch._tensor\n_rebuild_from_type_v2\n(cevil\nstrike\nN)Nt" + b"R",
-    "twice": b"cevil\nstrike\n)R)R",
-    "through partial": b"cfunctools\npartial\n(cevil\nstrike\ntR)R",
     "a hook": b"cevil\nEvil\n)\x81K\x00cevil\nstrike\ns",
     "storage": b"(\x8c\x07storagecevil\nEvil\n\x8c\x010\x8c\x03cpuK\x01tQ",
     "module": b"(\x8c\x06modulecevil\nEvil\n\x8c\x01f\x8c\x01stQ",
@@ -151,21 +145,15 @@ def test_a_torchscript_program_is_refused(tmp_path, capsys):
     assert "file.pt is a TorchScript program: save the state_dict()" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flags", ["", "--micro-batch 3"])
-def test_another_backbone_in_a_fork_trains_resumes_and_is_saved(flags, tmp_path, monkeypatch, capsys):
+def test_another_backbone_in_a_fork_trains_and_is_saved(tmp_path, monkeypatch, capsys):
     def vision_transformer(*_):
         net = VisionTransformer(16, 8, 1, 2, 32, 64)  # image, patch, layers, heads, width, MLP
         net.heads = nn.Identity()
         return net, 32
 
     monkeypatch.setattr(common, "resnet", vision_transformer)
-    out, uncut = tmp_path / "out", tmp_path / "uncut"
-    flags = ["--subset=4", "--batch-size=8", "--knn-every=1", *flags.split()]
-    assert train(*flags, "--out", uncut) == 0
+    flags = ["--subset=4", "--batch-size=8", "--knn-every=1", "--micro-batch=3", "--out", tmp_path]
+    assert train(*flags) == 0 and read_log(tmp_path)[-1]["knn"] >= 0
     assert "eval_linear.py" not in capsys.readouterr().out  # which would refuse it
-    with signals(signal.SIGTERM):
-        assert train(*flags, "--out", out) == 0 and state_of(out)["step"] == 1
-    assert train(*flags, "--out", out) == 0
-    assert same(state_of(out), state_of(uncut)) and read_log(out)[-1]["knn"] >= 0
-    saved = torch.load(out / "backbone.pth", weights_only=True)
+    saved = torch.load(tmp_path / "backbone.pth", weights_only=True)
     vision_transformer()[0].load_state_dict(saved)
