@@ -145,6 +145,14 @@ def test_the_command_that_makes_a_tar_a_zip_runs(tmp_path, monkeypatch, capsys):
     assert images.classes == ["a", "b"] and test.labels.tolist() == [1]
 
 
+def test_a_folder_named_as_a_data_set_is_mentioned(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cifar10").mkdir()
+    (tmp_path / "data").touch()
+    assert exit_code(lambda: open_data("--data=cifar10")) == 2
+    assert "or --data ./cifar10 for the folder of that name" in capsys.readouterr().err
+
+
 def lose_a_worker(errors, *flags):
     """Lose a worker in a process of its own, since torch notices at once only in a process's first run."""
     multiprocessing.set_start_method("fork", force=True)

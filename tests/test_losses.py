@@ -138,6 +138,14 @@ def test_mmd_sphere_is_its_closed_form_and_spreads_the_global_views_alone(option
     assert_same(mmd_sphere.mmd_sphere_loss(zs, 7.0, *options)[0], naive, zs)
 
 
+def test_legendre_polynomials_are_orthogonal_on_the_sphere_and_1_at_1():
+    angle = torch.linspace(0, math.pi, 20_000)
+    P = torch.stack(mmd_sphere.legendre(angle.cos(), 3, 4))
+    products = (P * angle.sin()) @ P.mT / 20_000
+    assert products.triu(1).abs().max() < 1e-3
+    assert (P[:, 0] == 1).all()
+
+
 @pytest.mark.parametrize("objective", ["corinfomax", "ldmi"])
 def test_corinfomax_and_ldmi_match_blocks_of_the_recursive_joint_covariance(objective):
     """LDMI is 4 / d times the mutual information of Gaussian views."""
@@ -242,6 +250,14 @@ def test_adaptive_scale_is_of_pairs_of_all_rows_and_adam_converges_to_it(kernel)
     assert abs(c - adaptive(zs, 0, 0)) < 0.001
 
 
+def test_dependence_is_0_if_z_ignores_identity_and_largest_if_views_coincide():
+    zs = normal(2, 256, 64)
+    _, ignorant = hsic.hsic_loss(zs, f=0)
+    _, coincident = hsic.hsic_loss(zs[:1].expand_as(zs), f=0)
+    assert abs(ignorant["dependence"]) < 0.006
+    assert abs(coincident["dependence"] - 0.4226) < 0.01  # k at distance 0 less k at root 2
+
+
 def test_dependence_of_a_small_kernel_is_infonce_to_second_order():
     """-InfoNCE = E_pos[tau k] - E_all[tau k] - 1/2 E_i Var_j[tau k] + O(tau^3), over the same batch."""
     zs = normal(2, 64, 16)
@@ -257,3 +273,9 @@ def test_corinfomax_prefers_a_round_covariance_of_the_same_trace():
     ball = torch.linalg.qr(ellipsoid)[0] * ellipsoid.norm() / 5**0.5
     criterion = corinfomax.CorInfoMax(5, 0.0, 1.0)  # of z^T z / N
     assert criterion(ball, ball, 0.0)[0] < criterion(ellipsoid, ellipsoid, 0.0)[0]
+
+
+def test_music_reaches_its_bound_on_a_full_factorial_design():
+    codes = torch.tensor(list(itertools.product(range(3), repeat=3)))
+    design = 60 * F.one_hot(codes, 3).double().flatten(1)  # so confident that the softmax is one-hot
+    assert music.music_loss(design, design, 3)[0].item() == pytest.approx(-3 * math.log(3))
