@@ -1,7 +1,8 @@
-"""Draw the README's figures, with matplotlib: python .github/figures.py RUNS
+"""Draw the figures of README.md and RESULTS.md, with matplotlib: python .github/figures.py RUNS
 
-RUNS holds cifar10/METHOD, a run of each method and of the README's fork (sigreg), patterns/METHOD, its demo,
-and patterns/METHOD-alone, the same without what spreads embeddings. The commands are in RESULTS.md.
+RUNS holds cifar10/NAME, a run of each method and fork; patterns/METHOD, its demo, and patterns/METHOD-alone,
+the same without what spreads embeddings; and runs of three epochs: three/ldmi with --log-ldmi, three/music-D
+and three/sfrik-D with embeddings of dimension D. The commands are in RESULTS.md.
 """
 
 import json
@@ -27,6 +28,9 @@ COLOURS = {
     "music": ("MUSIC", "#10b981"),
     "mmd_sphere": ("SFRIK", "#d946ef"),
     "sigreg": ("SIGReg, a fork", "#ef4444"),
+    "barlow_twins": ("Barlow Twins, a fork", "#a16207"),
+    "vicreg": ("VICReg, a fork", "#64748b"),
+    "simclr": ("SimCLR, a fork", "#94a3b8"),
 }
 GRAY = "#808080"  # is read on white and on black
 TEXTS = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
@@ -35,19 +39,25 @@ plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "font
 CPU = torch.device("cpu")
 
 
+def read_curve(run, key):
+    """The values of a key in a run's log, and the epoch of each."""
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    epochs = json.loads((run / "args.json").read_text())["epochs"]
+    points = [(epochs * record["step"] / log[-1]["step"], record[key]) for record in log if key in record]
+    return tuple(map(torch.tensor, zip(*points, strict=True)))
+
+
 def draw_accuracies(runs, path):
     """kNN accuracy over epochs, and as a line the level at initialisation."""
     figure, axes = plt.subplots(figsize=(7.2, 3.8))
     for name, (label, colour) in COLOURS.items():
-        log = [json.loads(line) for line in (runs / name / "log.jsonl").read_text().splitlines()]
-        epochs = json.loads((runs / name / "args.json").read_text())["epochs"]
-        points = [(record["step"], 100 * record["knn"]) for record in log if "knn" in record]
-        steps, accuracies = zip(*points, strict=True)
-        label = f"{label}: {accuracies[-1]:.1f}"
-        axes.plot([epochs * step / steps[-1] for step in steps], accuracies, color=colour, label=label)
+        epochs, accuracies = read_curve(runs / name, "knn")
+        style = "--" if "fork" in label else "-"
+        label = f"{label}: {100 * accuracies[-1]:.1f}"
+        axes.plot(epochs, 100 * accuracies, style, color=colour, label=label)
         if name == "hsic":
-            axes.axhline(accuracies[0], color=GRAY, linewidth=1, linestyle=":")
-            axes.annotate("initialisation", (epochs - 2, accuracies[0] + 0.5))
+            axes.axhline(100 * accuracies[0], color=GRAY, linewidth=1, linestyle=":")
+            axes.annotate("initialisation", (epochs[-1] - 2, 100 * accuracies[0] + 0.5))
     axes.set_xlabel("epoch")
     axes.set_ylabel("kNN accuracy, %")
     axes.legend(frameon=False, loc="lower right", ncols=2)
@@ -114,9 +124,62 @@ def draw_views(run, path):
     picture.quantize(256).save(path)
 
 
+def draw_claims(runs, path):
+    """The mutual information while its approximation is the loss, and accuracy over embedding dimensions."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.2))
+    _, colour = COLOURS["corinfomax"]
+    left.plot(*read_curve(runs / "ldmi", "information"), color=colour)
+    left.set_ylabel("LDMI", color=colour)
+    beside = left.twinx()
+    epochs, loss = read_curve(runs / "ldmi", "loss")
+    beside.plot(epochs, -loss, color=GRAY, linestyle="--")
+    beside.set_ylabel("- loss")
+    left.set_xlabel("epoch")
+    left.set_title("CorInfoMax")
+    dims = [128, 512, 2048]
+    for name, run in (("mmd_sphere", "sfrik"), ("music", "music")):
+        label, colour = COLOURS[name]
+        accuracies = [100 * read_curve(runs / f"{run}-{d}", "knn")[1][-1] for d in dims]
+        right.semilogx(dims, accuracies, "o-", base=2, color=colour, label=label)
+    right.set_xticks(dims, dims)
+    right.set_xlabel("dimension of the embedding")
+    right.set_ylabel("kNN accuracy, %")
+    right.legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, transparent=True, bbox_inches="tight")
+
+
+@torch.no_grad()
+def draw_codes(run, path):
+    """MUSIC's joint probabilities of units in two views of 5,000 test images, and the images of each unit."""
+    args, online = load_run(run)
+    test = common.to_memory(common.open_folder(Path(args.data))[1], CPU)
+    rows = torch.arange(0, len(test), len(test) // 5000)
+    _, views, _ = next(common.view_batches(test, [(0, 0, rows)], common.views_of(args), args, CPU))
+    codes = [
+        (online([x])[1][0] / args.temperature).unflatten(1, (-1, args.segment)).softmax(2) for x in views
+    ]
+    P = codes[0].flatten(1).mT @ codes[1].flatten(1) / len(rows)
+    counts = torch.nn.functional.one_hot(codes[0].argmax(2), args.segment).sum(0)  # (S, s)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), width_ratios=[1, 1.7])
+    image = left.imshow(P, norm="log", vmin=1e-4, cmap="viridis")
+    figure.colorbar(image, ax=left)
+    left.set_title("joint probability of two units")
+    left.set_xlabel("unit, second view")
+    left.set_ylabel("unit, first view")
+    right.bar(range(counts.numel()), counts.flatten(), width=1, color=COLOURS["music"][1])
+    right.axhline(len(rows) / args.segment, color=GRAY, linestyle="--")
+    right.set_title("images in which a unit is the largest of its segment")
+    right.set_xlabel("unit")
+    figure.tight_layout()
+    figure.savefig(path, transparent=True, bbox_inches="tight", dpi=80)
+
+
 if __name__ == "__main__":
     runs = Path(sys.argv[1])
     FIGURES.mkdir(parents=True, exist_ok=True)
     draw_accuracies(runs / "cifar10", FIGURES / "accuracies.svg")
     draw_spectra(runs / "patterns", FIGURES / "spectra.svg")
     draw_views(runs / "patterns" / "hsic", FIGURES / "views.png")
+    draw_claims(runs / "three", FIGURES / "claims.svg")
+    draw_codes(runs / "three" / "music-128", FIGURES / "codes.png")
