@@ -225,7 +225,8 @@ def measure_step(module, options, *flags):
             with timed(options.device, times["views"]):
                 first_batch(train, args, options.device)
 
-    parts = dict(resume=resume, batches=batches, save=mock.Mock(), evaluate=mock.Mock(return_value={}))
+    parts = dict(resume=resume, batches=batches, save=mock.Mock(), finish=mock.Mock())
+    parts |= dict(evaluate=mock.Mock(return_value={}))
     with tempfile.TemporaryDirectory() as args.out, mock.patch.multiple(common, **parts):
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             module.main(args)
