@@ -1,8 +1,8 @@
 """Draw the figures of README.md and RESULTS.md, with matplotlib: python .github/figures.py RUNS
 
 RUNS holds cifar10/NAME, a run of each method and fork; patterns/METHOD, its demo, and patterns/METHOD-alone,
-the same without what spreads embeddings; and runs of three epochs: three/ldmi with --log-ldmi, three/music-D
-and three/sfrik-D with embeddings of dimension D. The commands are in RESULTS.md.
+the same without what spreads embeddings; and runs of three epochs: three/ldmi with --log-ldmi, and
+three/music. The commands are in RESULTS.md.
 """
 
 import json
@@ -30,7 +30,6 @@ COLOURS = {
     "sigreg": ("SIGReg, a fork", "#ef4444"),
     "barlow_twins": ("Barlow Twins, a fork", "#a16207"),
     "vicreg": ("VICReg, a fork", "#64748b"),
-    "simclr": ("SimCLR, a fork", "#94a3b8"),
 }
 GRAY = "#808080"  # is read on white and on black
 TEXTS = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
@@ -124,28 +123,17 @@ def draw_views(run, path):
     picture.quantize(256).save(path)
 
 
-def draw_claims(runs, path):
-    """The mutual information while its approximation is the loss, and accuracy over embedding dimensions."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.2))
+def draw_information(run, path):
+    """CorInfoMax's mutual information while its approximation is the loss."""
+    figure, left = plt.subplots(figsize=(6, 3))
     _, colour = COLOURS["corinfomax"]
-    left.plot(*read_curve(runs / "ldmi", "information"), color=colour)
+    left.plot(*read_curve(run, "information"), color=colour)
     left.set_ylabel("LDMI", color=colour)
     beside = left.twinx()
-    epochs, loss = read_curve(runs / "ldmi", "loss")
+    epochs, loss = read_curve(run, "loss")
     beside.plot(epochs, -loss, color=GRAY, linestyle="--")
     beside.set_ylabel("- loss")
     left.set_xlabel("epoch")
-    left.set_title("CorInfoMax")
-    dims = [128, 512, 2048]
-    for name, run in (("mmd_sphere", "sfrik"), ("music", "music")):
-        label, colour = COLOURS[name]
-        accuracies = [100 * read_curve(runs / f"{run}-{d}", "knn")[1][-1] for d in dims]
-        right.semilogx(dims, accuracies, "o-", base=2, color=colour, label=label)
-    right.set_xticks(dims, dims)
-    right.set_xlabel("dimension of the embedding")
-    right.set_ylabel("kNN accuracy, %")
-    right.legend(frameon=False)
-    figure.tight_layout()
     figure.savefig(path, transparent=True, bbox_inches="tight")
 
 
@@ -160,7 +148,7 @@ def draw_codes(run, path):
         (online([x])[1][0] / args.temperature).unflatten(1, (-1, args.segment)).softmax(2) for x in views
     ]
     P = codes[0].flatten(1).mT @ codes[1].flatten(1) / len(rows)
-    counts = torch.nn.functional.one_hot(codes[0].argmax(2), args.segment).sum(0)  # (S, s)
+    counts = F.one_hot(codes[0].argmax(2), args.segment).sum(0)  # (S, s)
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), width_ratios=[1, 1.7])
     image = left.imshow(P, norm="log", vmin=1e-4, cmap="viridis")
     figure.colorbar(image, ax=left)
@@ -181,5 +169,5 @@ if __name__ == "__main__":
     draw_accuracies(runs / "cifar10", FIGURES / "accuracies.svg")
     draw_spectra(runs / "patterns", FIGURES / "spectra.svg")
     draw_views(runs / "patterns" / "hsic", FIGURES / "views.png")
-    draw_claims(runs / "three", FIGURES / "claims.svg")
-    draw_codes(runs / "three" / "music-128", FIGURES / "codes.png")
+    draw_information(runs / "three" / "ldmi", FIGURES / "information.svg")
+    draw_codes(runs / "three" / "music", FIGURES / "codes.png")
