@@ -101,19 +101,20 @@ def test_other_test_labels_change_the_accuracy_but_not_what_is_chosen(tmp_path, 
     assert {len(call.args[0]) for call in ev.fit_logistic.call_args_list} == {44, 48}  # the others, and all
 
 
-def test_an_interrupted_evaluation_ends_bit_for_bit_as_one_that_was_not(tmp_path, folder):
-    flags = "--mode finetune --ema 0.9"
+@pytest.mark.parametrize("mode", ["crops", "finetune"])
+def test_an_interrupted_evaluation_ends_bit_for_bit_as_one_that_was_not(mode, tmp_path, folder):
+    flags = f"--mode {mode} --ema 0.9"
     out, uncut = tmp_path / "out", tmp_path / "uncut"
     assert evaluate(flags, folder, uncut) == 0
     with signals(signal.SIGTERM):
         assert evaluate(flags, folder, out) == 0 and not (out / "results.jsonl").exists()
     assert evaluate(flags, folder, out) == 0
-    state = state_of(out / "finetune")
-    assert same(state, state_of(uncut / "finetune")) and "average" in state
+    state = state_of(out / mode)
+    assert same(state, state_of(uncut / mode)) and "average" in state
     assert read_log(out, "results.jsonl")[0]["results"] == read_log(uncut, "results.jsonl")[0]["results"]
     groups = state["optimizer"]["param_groups"]
     assert [(group["peak"], group["fall"]) for group in groups] == [(1.0, 0.1), (0.01, 0.2)]
-    assert evaluate(f"--backbone {out}/finetune/model.pth --mode knn", folder, tmp_path / "again") == 0
+    assert evaluate(f"--backbone {out}/{mode}/model.pth --mode knn", folder, tmp_path / "again") == 0
 
 
 def test_features_are_kept_until_images_change(tmp_path, folder, monkeypatch, capsys):

@@ -3,13 +3,14 @@
 import argparse
 import io
 import pickle
+import signal
 import sys
 import zipfile
 
 import numpy
 import pytest
 import torch
-from conftest import exit_code, read_log, same, train
+from conftest import exit_code, read_log, same, signals, state_of, train
 from torch import nn
 from torchvision.models import VisionTransformer
 
@@ -66,8 +67,8 @@ CONTENTS["tensors with attributes"]["conv1.weight"].decay = False
 
 
 @pytest.mark.parametrize("name", CONTENTS)
-def test_weights_are_read_beside_any_objects(name, tmp_path, monkeypatch):
-    zipped = "GPUs" not in name  # else a file as of torch before 1.6
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "old"])
+def test_weights_are_read_beside_any_objects(name, zipped, tmp_path, monkeypatch):
     torch.save(CONTENTS[name], tmp_path / "file", _use_new_zipfile_serialization=zipped)
     monkeypatch.delattr(sys.modules[__name__], "Attributes")  # as in a project without this class
     net, arch, stem, _ = common.find_resnet(common.load_weights(tmp_path / "file"))
@@ -149,15 +150,20 @@ def test_a_torchscript_program_is_refused(tmp_path, capsys):
     assert "file.pt is a TorchScript program: save the state_dict()" in capsys.readouterr().err
 
 
-def test_another_backbone_in_a_fork_trains_and_is_saved(tmp_path, monkeypatch, capsys):
+def test_another_backbone_in_a_fork_trains_resumes_and_is_saved(tmp_path, monkeypatch, capsys):
     def vision_transformer(*_):
         net = VisionTransformer(16, 8, 1, 2, 32, 64)  # image, patch, layers, heads, width, MLP
         net.heads = nn.Identity()
         return net, 32
 
     monkeypatch.setattr(common, "resnet", vision_transformer)
-    flags = ["--subset=4", "--batch-size=8", "--knn-every=1", "--micro-batch=3", "--out", tmp_path]
-    assert train(*flags) == 0 and read_log(tmp_path)[-1]["knn"] >= 0
+    out, uncut = tmp_path / "out", tmp_path / "uncut"
+    flags = ["--subset=4", "--batch-size=8", "--knn-every=1", "--micro-batch=3", "--out"]
+    assert train(*flags, uncut) == 0
     assert "eval_linear.py" not in capsys.readouterr().out  # which would refuse it
-    saved = torch.load(tmp_path / "backbone.pth", weights_only=True)
+    with signals(signal.SIGTERM):
+        assert train(*flags, out) == 0 and state_of(out)["step"] == 1
+    assert train(*flags, out) == 0
+    assert same(state_of(out), state_of(uncut)) and read_log(out)[-1]["knn"] >= 0
+    saved = torch.load(out / "backbone.pth", weights_only=True)
     vision_transformer()[0].load_state_dict(saved)
