@@ -1,6 +1,7 @@
 """Weights from anybody's checkpoint, without running its code, and other backbones in a fork."""
 
 import argparse
+import functools
 import io
 import pickle
 import signal
@@ -55,11 +56,19 @@ class Attributes(dict):
         self.parent = self
 
 
+class Items(list):
+    """A list whose pickle calls an object, and then adds the items."""
+
+    def __reduce__(self):
+        return functools.partial(Items), (), None, iter(self)
+
+
 CONTENTS = {
     "a whole model": NET,
     "a whole model for several GPUs, in a dict": {"model": nn.DataParallel(NET), "epoch": 3},
     "numpy": {"state_dict": NET.state_dict(), "best": numpy.float64(71.2), "seeds": numpy.arange(3)},
     "other objects": {"config": Attributes(lr=0.1), "key": {numpy.dtype("int8"): 1}, **NET.state_dict()},
+    "an object that calls another": {"history": Items("ab"), **NET.state_dict()},
     "weights in an object": Attributes(**NET.state_dict()),
     "tensors with attributes": {**NET.state_dict(), "conv1.weight": nn.Parameter(NET.conv1.weight)},
 }
@@ -70,7 +79,8 @@ CONTENTS["tensors with attributes"]["conv1.weight"].decay = False
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "old"])
 def test_weights_are_read_beside_any_objects(name, zipped, tmp_path, monkeypatch):
     torch.save(CONTENTS[name], tmp_path / "file", _use_new_zipfile_serialization=zipped)
-    monkeypatch.delattr(sys.modules[__name__], "Attributes")  # as in a project without this class
+    for missing in ("Attributes", "Items"):  # as in a project without these classes
+        monkeypatch.delattr(sys.modules[__name__], missing)
     net, arch, stem, _ = common.find_resnet(common.load_weights(tmp_path / "file"))
     assert same(net.state_dict(), NET.state_dict()) and (arch, stem) == ("resnet34", "cifar")
 
