@@ -57,6 +57,7 @@ WRONG = {
     "eval_linear --mode segment,knn": "segment has data of its own",
     "eval_linear --mode segment --labels 10": "--labels 10 is for labels of images",
     "eval_linear --mode segment --data voc2012:/nowhere": "voc2012 is not in /nowhere",
+    "eval_linear --mode depth": "--mode depth needs --data",
     "eval_linear --mode depth --data {folder}": "there are no images in",
 }
 
