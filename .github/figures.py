@@ -30,6 +30,7 @@ COLOURS = {
     "sigreg": ("SIGReg, a fork", "#ef4444"),
     "barlow_twins": ("Barlow Twins, a fork", "#a16207"),
     "vicreg": ("VICReg, a fork", "#64748b"),
+    "simclr": ("SimCLR, a fork", "#06b6d4"),
 }
 GRAY = "#808080"  # is read on white and on black
 TEXTS = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
