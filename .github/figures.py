@@ -1,8 +1,8 @@
 """Draw the figures of README.md and RESULTS.md, with matplotlib: python .github/figures.py RUNS
 
-RUNS holds cifar10/NAME, a run of each method and fork; patterns/METHOD, its demo, and patterns/METHOD-alone,
-the same without what spreads embeddings; and runs of three epochs: three/ldmi with --log-ldmi, and
-three/music. The commands are in RESULTS.md.
+RUNS holds cifar10/NAME, a run of each method and fork, and cifar10/NAME-1, of some with a second seed;
+patterns/METHOD, its demo, and patterns/METHOD-alone, the same without what spreads embeddings; and runs of
+three epochs: three/ldmi with --log-ldmi, and three/music. The commands are in RESULTS.md.
 """
 
 import json
@@ -48,12 +48,17 @@ def read_curve(run, key):
 
 
 def draw_accuracies(runs, path):
-    """kNN accuracy over epochs, and as a line the level at initialisation."""
+    """kNN accuracy over epochs, faint with a second seed, and as a line the level at initialisation."""
     figure, axes = plt.subplots(figsize=(7.2, 3.8))
     for name, (label, colour) in COLOURS.items():
         epochs, accuracies = read_curve(runs / name, "knn")
         style = "--" if "fork" in label else "-"
         label = f"{label}: {100 * accuracies[-1]:.1f}"
+        second = runs / f"{name}-1"
+        if second.exists():
+            epochs, again = read_curve(second, "knn")
+            axes.plot(epochs, 100 * again, style, color=colour, alpha=0.4)
+            label += f", {100 * again[-1]:.1f}"
         axes.plot(epochs, 100 * accuracies, style, color=colour, label=label)
         if name == "hsic":
             axes.axhline(100 * accuracies[0], color=GRAY, linewidth=1, linestyle=":")
