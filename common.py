@@ -97,8 +97,8 @@ def add_run_flags(add):
     add("--workers", type=number(int, 0, 1024), default=min(16, cores), help="decoding processes per rank")
     add("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu",
         help="local rank r uses GPU r of its machine, or of CUDA_VISIBLE_DEVICES")
-    add("--precision", choices=["bf16", "fp32"], help="in which networks compute (default: bf16 on GPUs "
-        "that support it, else fp32)")
+    add("--precision", choices=["bf16", "fp32"], help="of the networks (default: bf16 on GPUs that "
+        "support it, else fp32)")
     add("--save-minutes", type=number(float, 0), default=15.0, help="minutes between checkpoints")
     add("--log-every", type=number(int, 1), default=50, help="steps between log records")
 
@@ -978,7 +978,7 @@ def per_view(net, xs, micro_batch=0):
     With micro_batch, activations are kept for that many rows at a time: backward computes them again.
     """
     groups = [*xs[:2], torch.cat(xs[2:])] if len(xs) > 2 else xs
-    options = dict(use_reentrant=False, preserve_rng_state=False)
+    options = dict(use_reentrant=False)  # random numbers, as of dropout, are drawn again as they were
     options["context_fn"] = lambda: (contextlib.nullcontext(), frozen_statistics(net))
     hs = []
     for x in groups:

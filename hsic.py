@@ -17,10 +17,11 @@ Li, Pogodin, Sutherland, Gretton, NeurIPS 2021, arXiv 2106.08320. Official code:
     torchrun --nproc_per_node 8 hsic.py --data /imagenet            the published recipe
     python hsic.py --data cifar10 --local-crops 4 --gamma 10        any flag overrides the recipe
 
-Unlike the official code: random features are drawn exactly, as a scale mixture of Gaussians, where it samples
-a truncated table that takes 200 s to compute; the scale c follows random pairs, not all pairs of two random
-samples; the target network starts as a copy of the online one; and averages include BN statistics. The logged
-`dependence` is HSIC(Z, Y) without the pairs of a view with itself: it is 0 if Z ignores identity.
+Unlike the official code: random features are drawn exactly, as a scale mixture of Gaussians, not from a
+truncated table that takes 200 s to compute; the scale c follows random pairs, not all pairs of two random
+samples; the target network starts as a copy of the online one; and averages include BN statistics. HSIC(Z, Y)
+counts the pairs of a view with itself, as officially; the logged `dependence` does not: it is 0 if Z ignores
+identity.
 """
 
 import argparse
@@ -119,7 +120,7 @@ def loss_of_draws(z_all, c, gamma, kernel, f, seed, step, draws):
         self_pairs = phi.detach().square().sum((1, 2, 3)) / (N * M * (M - 1))
         sums += torch.stack([loss, zy, root, self_pairs]).detach().sum(1) / draws
     loss, zy, root, self_pairs = common.all_reduce(sums)
-    product = W * (z_all * grad).sum()  # its gradient is W grad, which all_gather sums over ranks in backward
+    product = W * (z_all * grad).sum()  # all_gather sums its gradient over ranks; W undoes DDP's division
     loss = loss + (product - product.detach())
     return loss, dict(hsic_zy=zy, sqrt_hsic_zz=root, dependence=zy - self_pairs)
 
@@ -257,11 +258,11 @@ def get_args(argv=None):
         "--draws",
         type=common.number(int, 1),
         help="draws of features per step, divided among ranks; the gradient's "
-        "cosine with that of --features 0 is 0.42 for one draw, 0.98 for 128",
+        "cosine with that of --features 0 is 0.43 for one draw, 0.98 for 128",
     )
     add("--scale", choices=["adam", "adaptive"], help="c, learned by Adam or set to its optimum every step")
     add("--target", action=argparse.BooleanOptionalAction, help="target network and predictor: M = 4, not 2")
-    add("--tau", type=common.number(float, 0, 1), default=0.99, help="target's initial momentum; rises to 1")
+    add("--tau", type=common.number(float, 0, 1), default=0.99, help="momentum of --target; rises to 1")
     add("--ema", type=common.number(float, 0, 0.999999), help="momentum of the averages that are evaluated")
     add("--hidden", type=common.number(int, 1), nargs="+", help="widths of the MLPs' hidden layers")
     add("--dim", type=common.number(int, 2), help="d, dimension of the embedding")
@@ -302,7 +303,7 @@ def main(args):
     online = common.prepare(Online(args), device)
     average = copy.deepcopy(online.backbone).requires_grad_(False)
     scale = KernelScale(args.kernel, args.scale).to(device)
-    model = common.parallel(online, args, device)  # the same, in DDP if on ranks
+    model = common.parallel(online, args, device)  # the same, in DDP if there are several ranks
     optimizer = common.make_optimizer(online, args.optimizer, args.lr, args.wd)
     probe = common.Probe(online.width, train, device)
     state = dict(data=train, online=online, optimizer=optimizer, probe=probe)  # saved; of the data, a hash
@@ -327,7 +328,8 @@ def main(args):
             h, zs = model(xs)
         if args.target:  # M = 4: predictions of both views, and the target's projections of both
             with torch.no_grad(), common.autocast(args, device):
-                fixed = torch.stack([target(x) for x in xs[:2]])
+                hs = common.per_view(target[0], xs[:2], args.micro_batch)
+                fixed = torch.stack(common.per_view(target[1], hs))
             zs = torch.cat([zs, fixed])
         zs = zs.float()
         c = scale(zs, args.seed, step)
