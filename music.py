@@ -13,8 +13,8 @@ S > 1 the loss is at least -3 log s, which it reaches if units are equally frequ
 independent, and both views of an image have the same one-hot code.
 
 Niu, Wang 2022, arXiv 2206.06461. The code was not released: the loss is the paper's, the settings come from
-the code of its successor, IMSVD (github.com/niuchuangnn/IMSVD). That clamps probabilities at 1e-8; this file
-clamps them at 1e-30, and only inside logarithms.
+the code of its successor, IMSVD (github.com/niuchuangnn/IMSVD). IMSVD clamps probabilities at 1e-8; this file
+clamps only P, at 1e-30, inside its logarithm.
 
     python music.py                                                 built-in images, a minute on a CPU
     torchrun --nproc_per_node 8 music.py --data /imagenet           the recipe `imagenet`
@@ -26,10 +26,6 @@ from torch import nn
 import common
 
 # ----------------------------------------------------------------------------------------- the loss
-
-
-def safe_log(p):
-    return p.clamp(min=1e-30).log()
 
 
 def music_loss(z1, z2, segment_size, weights=(1, 1, 1), temperature=1):
@@ -45,16 +41,17 @@ def music_loss(z1, z2, segment_size, weights=(1, 1, 1), temperature=1):
     N = n * common.world()
     S = d // s
 
-    p1 = torch.softmax(z1.view(n, S, s) / temperature, 2)
-    p2 = torch.softmax(z2.view(n, S, s) / temperature, 2)
+    log_p1 = torch.log_softmax(z1.view(n, S, s) / temperature, 2)
+    log_p2 = torch.log_softmax(z2.view(n, S, s) / temperature, 2)
+    p1, p2 = log_p1.exp(), log_p2.exp()
     P = common.all_reduce(p1.flatten(1).mT @ p2.flatten(1)) / N  # (d, d)
-    P_log_P = P * safe_log(P)
+    P_log_P = P * P.clamp(min=1e-30).log()
     pairs = P_log_P.view(S, s, S, s).sum((1, 3))  # (S, S), of each pair of segments
-    agreement = (p1 * p2).sum(2)  # (n, S)
+    log_agreement = torch.logsumexp(log_p1 + log_p2, 2)  # (n, S); p1 p2 may underflow
 
     within = P_log_P.diagonal().sum() / S
     between = (pairs.sum() - pairs.diagonal().sum()) / max(1, S * (S - 1))  # 0 if S = 1
-    invariance = -common.all_reduce(safe_log(agreement).sum()) / (N * S)
+    invariance = -common.all_reduce(log_agreement.sum()) / (N * S)
     loss = weights[0] * within + weights[1] * between + weights[2] * invariance
     terms = dict(within=within, between=between, invariance=invariance)
     return loss, {name: term.detach() for name, term in terms.items()}
@@ -138,7 +135,7 @@ def main(args):
     warmup = args.warmup * steps_per_epoch
 
     online = common.prepare(Online(args), device)
-    model = common.parallel(online, args, device)  # the same, in DDP if on ranks
+    model = common.parallel(online, args, device)  # the same, in DDP if there are several ranks
     optimizer = common.make_optimizer(online, args.optimizer, args.lr, args.wd)
     probe = common.Probe(online.width, train, device)
     state = dict(data=train, online=online, optimizer=optimizer, probe=probe)  # saved; of the data, a hash
