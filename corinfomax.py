@@ -93,32 +93,32 @@ class CorInfoMax(nn.Module):
 # ------------------------------------------------------------------------------------------ recipes
 
 # fmt: off
-_SGD = dict(
+_COMMON = dict(
     optimizer="sgd", wd=1e-4, warmup=10.0, first_lr=3e-3, last_lr=1e-6, eps=1e-8, views="byol",
     zero_init=True)
 RECIPES = {  # the official commands; --lr is absolute
     "imagenet": dict(  # 69.08 % linear top-1
-        _SGD, arch="resnet50", stem="imagenet", hidden=[8192, 8192], dim=512, norm=True,
+        _COMMON, arch="resnet50", stem="imagenet", hidden=[8192, 8192], dim=512, norm=True,
         size=224, epochs=100, batch_size=1536, lr=0.2,
         alpha=2000.0, forget=0.1,
     ),
     "imagenet100-resnet18": dict(  # 80.48 %
-        _SGD, arch="resnet18", stem="imagenet", hidden=[4096, 4096], dim=128, norm=False,
-        size=224, epochs=400, batch_size=1024, lr=1.0,
+        _COMMON, arch="resnet18", stem="imagenet", hidden=[4096, 4096], dim=128, norm=False,
+        size=224, epochs=400, batch_size=1024, lr=1.0, last_lr=5e-3,
         alpha=500.0, forget=0.01,
     ),
     "tiny-imagenet": dict(  # 54.86 %
-        _SGD, arch="resnet50", stem="imagenet", hidden=[4096, 4096], dim=128, norm=False,
+        _COMMON, arch="resnet50", stem="imagenet", hidden=[4096, 4096], dim=128, norm=False,
         size=64, epochs=800, batch_size=1024, lr=0.5,
         alpha=500.0, forget=0.1,
     ),
     "cifar10": dict(  # 93.18 %
-        _SGD, arch="resnet18", stem="cifar", hidden=[2048, 2048], dim=64, norm=False,
+        _COMMON, arch="resnet18", stem="cifar", hidden=[2048, 2048], dim=64, norm=False,
         size=32, epochs=1000, batch_size=512, lr=0.5, knn_every=10, log_every=500,
         alpha=250.0, forget=0.01,
     ),
     "cifar100": dict(  # 71.61 %
-        _SGD, arch="resnet18", stem="cifar", hidden=[4096, 4096], dim=128, norm=False,
+        _COMMON, arch="resnet18", stem="cifar", hidden=[4096, 4096], dim=128, norm=False,
         size=32, epochs=1000, batch_size=512, lr=0.5, knn_every=10, log_every=500,
         alpha=1000.0, forget=0.01,
     ),
@@ -129,7 +129,6 @@ RECIPES = {  # the official commands; --lr is absolute
         alpha=250.0, forget=0.01, eps=1e-8, log_every=10, workers=0,
     ),
 }
-RECIPES["imagenet100-resnet18"]["last_lr"] = 5e-3
 RECIPES["imagenet100-resnet50"] = dict(  # 82.64 %
     RECIPES["imagenet100-resnet18"], arch="resnet50", epochs=200, warmup=5.0)
 # fmt: on
@@ -139,7 +138,12 @@ def get_args(argv=None):
     """Arguments from argv, by default the command line; those not given come from the recipe."""
     parser = common.parser_for(__doc__, lr="absolute", last_lr="absolute")
     add = parser.add_argument_group("CorInfoMax").add_argument
-    add("--objective", choices=["corinfomax", "ldmi"], default="corinfomax", help="which loss L")
+    add(
+        "--objective",
+        choices=["corinfomax", "ldmi"],
+        default="corinfomax",
+        help="which loss L; ldmi needs batches well above 2 d, and has no alpha",
+    )
     log_ldmi = "log the mutual information, whatever the objective"
     add("--log-ldmi", action=argparse.BooleanOptionalAction, default=False, help=log_ldmi)
     add("--alpha", type=common.number(float, 0), help="alpha, weight of the invariance")
@@ -190,7 +194,7 @@ def main(args):
     first, last = args.first_lr / max(args.lr, 1e-12), args.last_lr / max(args.lr, 1e-12)
 
     online = common.prepare(Online(args), device)
-    model = common.parallel(online, args, device)  # the same, in DDP if on ranks
+    model = common.parallel(online, args, device)  # the same, in DDP if there are several ranks
     criterion = CorInfoMax(
         args.dim, args.forget, args.forget, args.eps, objective=args.objective, log_ldmi=args.log_ldmi
     ).to(device)

@@ -7,7 +7,7 @@ one on the sphere, by their maximum mean discrepancy (MMD) with a kernel K(u, v)
 
 The mse is a mean over all N d coordinates, so alpha grows with d. With phi = sum_{l >= 1} b_l P_l, b_l >= 0
 and P_l the Legendre polynomial of dimension d, this is the squared MMD to the uniform distribution, up to a
-constant with other kernels. These give earlier regularisers: rbf with --log the uniformity loss of Wang and
+constant with other kernels. Those give earlier regularisers: rbf with --log the uniformity loss of Wang and
 Isola, quadratic (phi = t^2) the squared Frobenius norm of the uncentred covariance.
 
 Zheng, Puy, Riccietti, Perez, Gribonval, ICLR 2023, arXiv 2208.00789. Official code: valeoai/sfrik.
@@ -71,7 +71,7 @@ def mmd_sphere_loss(zs, alpha, b, kernel="legendre", log=False, tau=2.0):
     so that their own pair counts twice; the MMD is that of the global views.
     """
     zs = F.normalize(zs, dim=2)
-    pairs = [(0, 1)]  # as (1, 0)
+    pairs = [(0, 1)]  # (1, 0) would be the same
     if len(zs) > 2:
         pairs = [(g, other) for g in range(2) for other in range(len(zs)) if other != g]
     invariance = torch.stack([F.mse_loss(zs[g], zs[other]) for g, other in pairs]).mean()
@@ -129,7 +129,7 @@ def get_args(argv=None):
     if args.log and args.kernel == "legendre":
         common.fail("--log needs --kernel rbf or quadratic: the mean of Legendre polynomials may be negative")
     if args.tau != parser.get_default("tau") and args.kernel != "rbf":
-        common.fail(f"--tau {args.tau:g} is of --kernel rbf, not {args.kernel}: leave it out")
+        common.fail(f"--tau {args.tau:g} has no effect with --kernel {args.kernel}: leave it out")
     return args
 
 
@@ -159,7 +159,7 @@ def main(args):
     warmup = args.warmup * steps_per_epoch
 
     online = common.prepare(Online(args), device)
-    model = common.parallel(online, args, device)  # the same, in DDP if on ranks
+    model = common.parallel(online, args, device)  # the same, in DDP if there are several ranks
     optimizer = common.make_optimizer(online, args.optimizer, args.lr, args.wd)
     probe = common.Probe(online.width, train, device)
     state = dict(data=train, online=online, optimizer=optimizer, probe=probe)  # saved; of the data, a hash

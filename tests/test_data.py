@@ -199,7 +199,7 @@ def test_all_usual_formats_are_read_and_16_bits_are_not_clipped(name, tmp_path):
     assert (image.float() - 153).abs().max() <= 1
 
 
-def test_unreadable_images_are_skipped_and_named_and_above_1_percent_are_fatal(tmp_path, capsys):
+def test_unreadable_images_are_skipped_and_named_above_1_percent_are_fatal(tmp_path, capsys):
     make_folder(tmp_path, 64, splits=["train"])
     args = music.get_args([*TINY, f"--data={tmp_path}", "--workers=1"])
     damaged = tmp_path / "train/a/005.jpg"
@@ -216,7 +216,7 @@ def test_unreadable_images_are_skipped_and_named_and_above_1_percent_are_fatal(t
         list(common.batches(images.take(torch.arange(128)), args, CPU, 0, 8))
 
 
-def test_small_images_of_one_size_are_in_memory_others_are_paths_in_an_array(folder, big_folder, tmp_path):
+def test_small_images_of_one_size_are_in_memory_others_are_paths(folder, big_folder, tmp_path):
     assert common.to_memory(common.list_folder(folder), CPU).data.shape == (96, 3, 20, 24)
     for root in (big_folder, make_folder(make_folder(tmp_path, 2), 1, (24, 24), ["more"])):
         images = common.to_memory(common.list_folder(root), CPU)
@@ -266,7 +266,7 @@ def test_data_sets_of_torchvision_are_read_by_name(name, labels, pixel, tmp_path
     assert [images.labels.tolist() for images in parts] == labels and parts[0].data[0, 0, 1, 2] == pixel
 
 
-def test_patterns_never_change_and_their_mean_colour_does_not_predict_labels():
+def test_patterns_never_change_and_mean_colour_does_not_predict_labels():
     images, test = common.draw_patterns(2000, 0), common.draw_patterns(500, 1)
     assert images.data.shape == (2000, 3, 32, 32) and images.data.dtype == torch.uint8
     assert images.labels.unique().tolist() == list(range(10))

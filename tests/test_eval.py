@@ -182,7 +182,7 @@ def test_the_protocol_is_printed_once_above_a_table(capsys):
     assert lines == ["kNN, in %:", "top1 top5", "k = 10 9.50 50.00", "k = 200 10.25 51.00"]
 
 
-def test_torchvision_data_sets_are_read_by_their_public_interface_and_in_part(tmp_path):
+def test_torchvision_data_sets_are_read_by_their_public_interface(tmp_path):
     root = make_folder(tmp_path / "dtd/dtd", 6, splits=("images",))
     (root / "labels").mkdir()
     for i, split in enumerate(("train", "val", "test")):

@@ -36,7 +36,7 @@ WRONG = {
     "music --arch vit_b_16": "vit_b_16",
     "hsic --features 0 --draws 4": "--draws 4",
     "mmd_sphere --log": "--log needs --kernel rbf or quadratic",
-    "mmd_sphere --tau 3": "--tau 3 is of --kernel rbf",
+    "mmd_sphere --tau 3": "--tau 3 has no effect with --kernel legendre",
     "music --epoch 3": "--epoch",
     "music --segment 5": "16 is not a multiple of --segment 5",
     "music --compile --micro-batch 4": "--micro-batch 4",
@@ -122,7 +122,7 @@ CLIP = """         loss.backward()
 """
 
 
-def test_a_clipping_fork_killed_six_times_ends_bit_for_bit_as_if_undisturbed(tmp_path, folder):
+def test_a_clipping_fork_killed_six_times_ends_as_if_undisturbed(tmp_path, folder):
     """Each process is killed a little after one more step, or at its start."""
     mine = tmp_path / "mine.py"
     mine.write_text(forked(CLIP))

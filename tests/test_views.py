@@ -32,7 +32,7 @@ def steps_of(images, start, stop, *flags):
     return [[*xs, labels] for _, xs, labels in common.batches(images, args, CPU, start, stop)]
 
 
-def test_draws_are_those_of_earlier_versions_and_depend_on_each_of_their_parts():
+def test_draws_are_those_of_earlier_versions_and_depend_on_each_part():
     index = torch.arange(3000)
     parts = [(3, 7, index), (4, 7, index), (3, 8, index), (3, 7, index + 1)]
     u = torch.cat([common.draw(*some, views=2)[:, :, 5] for some in parts], 1)
@@ -156,7 +156,7 @@ def test_every_epoch_has_each_image_once_in_a_new_order_wherever_it_begins():
     assert torch.equal(next(common.epoch_order(100, args, 7, 8))[2], index[1, 16:32])
 
 
-def test_local_crops_are_small_with_the_first_views_colours_and_unsolarised():
+def test_local_crops_are_small_with_first_views_colours_unsolarised():
     first, second, *local = common.views_of(music.get_args([*TINY, "--local-crops=6", "--size=224"]))
     assert first.area == second.area == (0.14, 1)
     assert local == [common.BYOL._replace(area=(0.05, 0.14), blur_p=0.5, size=96)] * 6
