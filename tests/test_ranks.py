@@ -165,7 +165,7 @@ def test_online_and_target_network_see_the_same_micro_batches(tmp_path, folder):
 
 
 def train_in_float64(*flags):
-    """Make a run in which float32 is float64: in three steps training magnifies rounding to a few per cent."""
+    """Make a run in which float32 is float64: three steps magnify rounding to a few per cent."""
     torch.set_default_dtype(torch.double)
     try:
         with patch.object(torch.Tensor, "float", torch.Tensor.double):
