@@ -142,7 +142,7 @@ def get_args(argv=None):
         "--objective",
         choices=["corinfomax", "ldmi"],
         default="corinfomax",
-        help="which loss L; ldmi needs batches well above 2 d, and has no alpha",
+        help="which loss L; ldmi has no alpha, and estimates a covariance of 2 d dimensions",
     )
     log_ldmi = "log the mutual information, whatever the objective"
     add("--log-ldmi", action=argparse.BooleanOptionalAction, default=False, help=log_ldmi)

@@ -262,7 +262,7 @@ def get_args(argv=None):
     )
     add("--scale", choices=["adam", "adaptive"], help="c, learned by Adam or set to its optimum every step")
     add("--target", action=argparse.BooleanOptionalAction, help="target network and predictor: M = 4, not 2")
-    add("--tau", type=common.number(float, 0, 1), default=0.99, help="momentum of --target; rises to 1")
+    add("--tau", type=common.number(float, 0, 1), default=0.99, help="target's initial momentum; rises to 1")
     add("--ema", type=common.number(float, 0, 0.999999), help="momentum of the averages that are evaluated")
     add("--hidden", type=common.number(int, 1), nargs="+", help="widths of the MLPs' hidden layers")
     add("--dim", type=common.number(int, 2), help="d, dimension of the embedding")

@@ -6,9 +6,9 @@ one on the sphere, by their maximum mean discrepancy (MMD) with a kernel K(u, v)
     L = alpha mse(z1, z2) + (MMD^2(z1) + MMD^2(z2)) / 2,     MMD^2(z) = 1/N^2 sum_ij phi(<z_i, z_j>)
 
 The mse is a mean over all N d coordinates, so alpha grows with d. With phi = sum_{l >= 1} b_l P_l, b_l >= 0
-and P_l the Legendre polynomial of dimension d, this is the squared MMD to the uniform distribution, up to a
-constant with other kernels. Those give earlier regularisers: rbf with --log the uniformity loss of Wang and
-Isola, quadratic (phi = t^2) the squared Frobenius norm of the uncentred covariance.
+and P_l the Legendre polynomial of dimension d, this is the squared MMD to the uniform distribution; with
+other kernels, up to a constant. Those give earlier regularisers: rbf with --log the uniformity loss of Wang
+and Isola, quadratic (phi = t^2) the squared Frobenius norm of the uncentred covariance.
 
 Zheng, Puy, Riccietti, Perez, Gribonval, ICLR 2023, arXiv 2208.00789. Official code: valeoai/sfrik.
 

@@ -159,16 +159,17 @@ def test_online_and_target_network_see_the_same_micro_batches(tmp_path, folder):
     with patch.object(common, "checkpoint", wraps=common.checkpoint) as chunks:
         assert train("--target", "--micro-batch=5", "--data", folder, "--out", tmp_path, module=hsic) == 0
     for call in chunks.call_args_list:
-        rows.setdefault(call.args[0], []).append(len(call.args[1]))
+        rows.setdefault(call.args[0], []).append(call.args[1])
     online, target = rows.values()
-    assert online == target and max(target) <= 5
+    assert same(online, target) and max(map(len, target)) <= 5
 
 
 def train_in_float64(*flags):
-    """Make a run in which float32 is float64: three steps magnify rounding to a few per cent."""
+    """Train in float64, since three steps in float32 would magnify rounding to a few per cent."""
     torch.set_default_dtype(torch.double)
     try:
-        with patch.object(torch.Tensor, "float", torch.Tensor.double):
+        uncached = patch.object(common, "constant", common.constant.__wrapped__)
+        with uncached, patch.object(torch.Tensor, "float", torch.Tensor.double):
             return train(*flags, module=hsic)
     finally:
         torch.set_default_dtype(torch.float)
@@ -199,4 +200,4 @@ def test_steps_and_a_resume_on_other_ranks_are_those_of_one_process(on_ranks, fo
     one = run(tmp_path / "one", *flags)
     assert on_ranks(run_first_epoch, 2, *flags, "--out", tmp_path / "two") == [7, 7]
     two = run(tmp_path / "two", *flags)
-    assert (two - one).norm() < 1e-9 * (one[1] - one[0]).norm()
+    assert 0 < (two - one).norm() < 1e-9 * (one[1] - one[0]).norm()  # two ranks add in another order
