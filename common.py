@@ -2,9 +2,9 @@
 run directories and launching.
 
 Functions and small classes with one job each; main() of a method shows the order in which they are used.
-Every random choice about an image is a pure function of (seed, epoch, image, choice), see `uniform`: there is
-no generator state to save, the number of workers does not matter, and a global batch gets the same views on
-1, 2 or 8 ranks.
+Every random choice about an image is a pure function of (seed, epoch, image, choice), see `uniform`, and the
+order of its jitter of (seed, step, view): there is no generator state to save, the number of workers does not
+matter, and a global batch gets the same views on 1, 2 or 8 ranks.
 """
 
 import argparse
@@ -22,6 +22,7 @@ import pickle
 import re
 import runpy
 import secrets
+import shlex
 import shutil
 import signal
 import subprocess
@@ -218,7 +219,7 @@ def draw(seed, epoch, index, views):
     """The uniforms (n, views, 64) that decide how each view of the images index (n,) is made.
 
     The first 40 are ten attempts at a crop. Then come flip, jitter and its four changes, an unused one, gray,
-    blur, its sigma, and solarisation. Choice -1 is taken: it orders the images of an epoch.
+    blur, its sigma, and solarisation. Negative choices have other uses: -1 orders the images of an epoch.
     """
     return uniform(seed, epoch, index[:, None], torch.arange(64 * views)).unflatten(1, (views, 64))
 
@@ -404,8 +405,9 @@ NAMED = {
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".tif", ".tiff")
 TAR_TO_ZIP = (
     "python -c \"import sys, tarfile, zipfile, pathlib; z = zipfile.ZipFile('images.zip', 'w'); "
-    "[z.writestr(f'{pathlib.Path(p).stem}/' + m.name.removeprefix('./'), t.extractfile(m).read()) "
-    'for p in sys.argv[1:] for t in [tarfile.open(p)] for m in t if m.isfile()]; z.close()"'
+    "[z.writestr(s + m.name.removeprefix('./').removeprefix(s), t.extractfile(m).read()) "
+    "for p in sys.argv[1:] for s in [pathlib.Path(p).name.split('.')[0] + '/'] "
+    'for t in [tarfile.open(p)] for m in t if m.isfile()]; z.close()"'
 )
 warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # pixels are never written to
 MEMORY_SIDE, MEMORY_BYTES = 128, 4 << 30  # images up to this side are kept decoded if all fit
@@ -583,16 +585,20 @@ def list_folder(folder, classes=None):
 
 
 def list_zip(archive, members, part, classes=None):
-    """The images below the folder `part`, at any depth of a zip ("": all); None if there is none."""
-    names = [f"/{os.fsdecode(name)}" for name in members["name"]]
-    top = "/"
-    if part:
-        parents = {name.partition(f"/{part}/")[0] for name in names if f"/{part}/" in name}
-        if not parents:
-            return None
-        top = f"{min(parents, key=len)}/{part}/"
-    rows = [row for row, name in enumerate(names) if name.startswith(top)]
-    names = [names[row].removeprefix(top) for row in rows]
+    """The images below the folder `part` of a zip ("": all); None if there are none.
+
+    `part` is at the top of the zip or in a folder that holds all its images.
+    """
+    names = [f"/{os.fsdecode(name)}" for name in members["name"]]  # sorted
+    folder = "/"
+    if part and names:
+        shared = os.path.commonpath([os.path.dirname(names[0]), os.path.dirname(names[-1])])
+        above = re.split("/(train|val|test)/", f"{shared}/")[0].rstrip("/")
+        folder = f"{above}/{part}/"
+    rows = [row for row, name in enumerate(names) if name.startswith(folder)]
+    if part and not rows:
+        return None
+    names = [names[row].removeprefix(folder) for row in rows]
     return label_by_folder(names, members[rows], classes, str(archive))
 
 
@@ -620,15 +626,17 @@ def refuse_tar(path):
     if ".tar" in path.suffixes or path.suffix == ".tgz":
         fail(
             f"--data {path}: a tar has no index of its members: mount it with ratarmount, or convert it to a "
-            f"zip (unpack a tar of tars once before): {TAR_TO_ZIP} {path}"
+            f"zip (unpack a tar of tars first): {TAR_TO_ZIP} {path}"
         )
 
 
 def refuse_empty(root, images):
+    if not root.exists():
+        fail(f"--data {root} does not exist: give a folder or zip of images, or {', '.join(NAMED)}")
     if not images:
         for path in root.glob("*"):
             refuse_tar(path)
-        fail(f"--data {root}: no images there: give a folder or zip of images, or {', '.join(NAMED)}")
+        fail(f"--data {root} has no images: give a folder or zip of images, or {', '.join(NAMED)}")
 
 
 def list_all(root):
@@ -713,6 +721,7 @@ def open_data(args, device):
     bank = to_memory(banks[0], device) if banks else train
     if test is not None:
         test = to_memory(test, device)
+        test.unreadable_limit = 1.0  # pretraining does not depend on test images
     return train, bank, test
 
 
@@ -749,7 +758,7 @@ class Crops(torch.utils.data.Dataset):
             image = self.images.read(row)
             if image is not None:
                 break
-        else:  # report() stops the run, or embed() leaves the image out
+        else:  # so many that report() usually stops the run
             image = torch.zeros(3, 8, 8, dtype=torch.uint8)
         return self.crops_of(image, u), self.images.labels[row], skipped == 0
 
@@ -779,19 +788,34 @@ def load(images, order, views, args, device):
             uncropped = images.data[index.to(device, non_blocking=True)]
             yield step, epoch, index, images.labels[index], [uncropped] * len(views)
         return
+    for step, epoch, index, (crops, labels) in read_ahead(
+        Crops(images, views, args.seed), order, args, device
+    ):
+        yield step, epoch, index, labels, [x.permute(0, 3, 1, 2) for x in crops]
+
+
+def read_ahead(dataset, order, args, device):
+    """Yield (step, epoch, index, batch) for each (step, epoch, index) in `order`, read by --workers.
+
+    An item of the dataset ends in whether its image can be read, which is reported and left out of the batch.
+    """
     order, ahead = itertools.tee(order)
+    workers = {}
+    if args.workers:
+        # forked, so that they share the list of images; the default is another since Python 3.14
+        context = "fork" if sys.platform == "linux" else None
+        workers = dict(prefetch_factor=1, timeout=300, multiprocessing_context=context)
     loader = torch.utils.data.DataLoader(
-        Crops(images, views, args.seed),
+        dataset,
         batch_sampler=([(epoch, i) for i in index.tolist()] for _, epoch, index in ahead),
         num_workers=args.workers,
-        prefetch_factor=1 if args.workers else None,
         worker_init_fn=ignore_signals,
         pin_memory=device.type == "cuda",
-        timeout=300 if args.workers else 0,
+        **workers,
     )
-    for (step, epoch, index), (crops, labels, readable) in zip(order, loader, strict=False):
-        images.report(index[~readable].tolist())
-        yield step, epoch, index, labels, [x.permute(0, 3, 1, 2) for x in crops]
+    for (step, epoch, index), (*batch, readable) in zip(order, loader, strict=False):
+        dataset.images.report(index[~readable].tolist())
+        yield step, epoch, index, batch
 
 
 LOST_WORKER = "DataLoader worker .*(exited|killed).*|DataLoader timed out.*|.*shared memory.*"
@@ -1304,7 +1328,10 @@ def start(args, script):
     """Join the process group, check --out and set the seed, writing nothing; returns this rank's device."""
     args.script = str(Path(script).resolve())
     if args.batch_size % world() or args.batch_size < 2 * world():
-        fail(f"--batch-size {args.batch_size} on {world()} ranks: give a multiple, 2 or more images per rank")
+        fail(
+            f"--batch-size {args.batch_size} cannot be divided among {world()} ranks: give a multiple of "
+            f"{world()}, at least {2 * world()}"
+        )
     device = torch.device("cpu")
     group = dict(backend="gloo")
     default = "fp32"
@@ -1312,21 +1339,25 @@ def start(args, script):
         gpus = torch.cuda.device_count()  # SLURM may show a rank only its own GPU
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) if gpus > 1 else 0)
         if device.index >= gpus:
-            fail(f"--device cuda: rank needs GPU {device.index}, there are {gpus}: give cpu or fewer ranks")
+            fail(f"this rank needs GPU {device.index} of {gpus}: give fewer ranks, or --device cpu")
         torch.cuda.set_device(device)
         torch.set_num_threads(1)  # little is left for the CPU, and threads would compete with the workers
         group = dict(backend="nccl", device_id=device)
         if torch.cuda.is_bf16_supported(including_emulation=False):
             default = "bf16"
-    args.precision = args.precision or default
-    if device.type == "cpu" and args.precision == "bf16" and (args.size or 224) < 18:
-        fail(f"--precision bf16 at --size {args.size} on a CPU gives wrong gradients: give fp32")
+    before = saved_settings(Path(args.out))
+    args.precision = args.precision or before.get("precision") or default
+    sides = [args.size or 224]
+    if "views" in args:
+        sides = [view.size for view in views_of(args)]
+    if device.type == "cpu" and args.precision == "bf16" and min(sides) < 18:
+        fail(f"--precision bf16 on a CPU gives wrong gradients for views of {min(sides)} pixels: give fp32")
     if args.compile:
         check_compiler(device)
     torch.backends.cudnn.allow_tf32 = False
     if world() > 1 and not dist.is_initialized():
         dist.init_process_group(**group)
-    from_rank_0(lambda: check_directory(args))
+    from_rank_0(lambda: check_settings(args, before))
     torch.manual_seed(args.seed)
     return device
 
@@ -1382,11 +1413,16 @@ def set_lr(optimizer, lr):
 # ----------------------------------------------------------------------------------------------- monitors
 
 
+def side_before_centre(size):
+    """The shorter side to which an image is resized before its centre of `size` pixels is cut."""
+    return 96 if size == 96 else size * 8 // 7  # 36 for 32, 73 for 64, 256 for 224; 96, STL-10's, is kept
+
+
 @torch.no_grad()
-def features(backbone, images, rows, args, resize=0):
+def features(backbone, images, rows, args):
     """Features (m, D), float32, of centre crops of the images in `rows`, and labels (m,), on every rank."""
     device = next(backbone.parameters()).device
-    view = View(size=args.size, resize=resize or args.size * 8 // 7)  # 36 for 32, 73 for 64, 256 for 224
+    view = View(size=args.size, resize=side_before_centre(args.size))
     padded = torch.cat([rows, rows[:1].expand(-len(rows) % world())])  # to a multiple of W
     order = [(0, 0, part) for part in padded.chunk(world())[rank()].split(256)]
     training = backbone.training
@@ -1454,11 +1490,13 @@ def gradient_norm(net):
 
 
 class Probe(nn.Sequential):
-    """An online linear classifier of L2-normalised features after a BN; without labels it does nothing."""
+    """An online linear classifier of L2-normalised features after a BN; off without labelled test images."""
 
-    def __init__(self, width, train, device):
-        super().__init__(BatchNorm(width, affine=False), nn.Linear(width, len(train.classes) or 1))
-        self.labelled = len(train.labelled()) > 0
+    def __init__(self, width, train, test, device):
+        labelled = test is not None and len(train.labelled()) > 0
+        classes = len(train.classes) if labelled else 1
+        super().__init__(BatchNorm(width, affine=False), nn.Linear(width, classes))
+        self.labelled = labelled
         self.to(device)
         self.optimizer = torch.optim.SGD(self.parameters(), 0.1, momentum=0.9)
 
@@ -1517,21 +1555,24 @@ TOKEN = secrets.token_hex(8)  # of this process; a run directory holds that of t
 SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)  # SLURM's warning, termination, Ctrl-C
 
 
-def check_directory(args):
-    """Refuse an --out that holds another run, or something that is not a run."""
-    out = Path(args.out)
+def saved_settings(out):
+    """The settings of the run in a directory, {} if there is none; refuses what is not a run directory."""
     try:
         if not out.exists() or {path.name for path in out.iterdir() if path.suffix != ".tmp"} <= {"submit"}:
-            return
-        before = json.loads((out / "args.json").read_text())
-    except (OSError, ValueError) as error:
+            return {}
+        return dict(json.loads((out / "args.json").read_text()))
+    except (OSError, ValueError, TypeError) as error:
         fail(f"--out {out} is neither empty nor a run directory ({error}): choose another --out")
+
+
+def check_settings(args, before):
+    """Refuse an --out that holds another run, with these settings."""
     changes = []
     for name, value in json.loads(json.dumps(vars(args))).items():
-        if name not in MAY_CHANGE and value != before.get(name):
+        if before and name not in MAY_CHANGE and value != before.get(name):
             changes.append(f"{name} {before.get(name)} -> {value}")
     if changes:
-        fail(f"--out {out} holds another run ({', '.join(changes)}): choose another --out")
+        fail(f"--out {args.out} holds another run ({', '.join(changes)}): choose another --out")
 
 
 def provenance(step):
@@ -1550,11 +1591,15 @@ def provenance(step):
 def write(path, save):
     """Write a temporary file by save(file) and rename it, so that a killed run leaves the old one intact."""
     temporary = Path(f"{path}.{TOKEN}.tmp")  # another job may write the same file
-    with open(temporary, "wb") as file:
-        save(file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with open(temporary, "wb") as file:
+            save(file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except Exception:  # such as a full disk
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def load_checked(path):
@@ -1663,7 +1708,8 @@ def save(args, step, state, backbone, loss, terms, name="backbone.pth"):
         check_finite(step, saved)
         try:
             write_checkpoint(args, dict(saved, step=step, world=world()))
-            write(Path(args.out, name), lambda file: torch.save(backbone.state_dict(), file))
+            weights = {key: tensor.cpu() for key, tensor in backbone.state_dict().items()}
+            write(Path(args.out, name), lambda file: torch.save(weights, file))
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
             fail(f"step {step} cannot be saved in {args.out} ({error}); the last checkpoint is kept")
     barrier()  # other ranks wait here, not in a collective of the GPUs, which would time out
@@ -1689,7 +1735,8 @@ def keep_due(step, steps_per_epoch, args):
 def keep(args, epoch):
     """Copy backbone.pth, which was just saved, to backbone-EPOCH.pth."""
     if rank() == 0:
-        shutil.copy(Path(args.out, "backbone.pth"), Path(args.out, f"backbone-{epoch}.pth"))
+        backbone = Path(args.out, "backbone.pth").read_bytes()
+        write(Path(args.out, f"backbone-{epoch}.pth"), lambda file: file.write(backbone))
 
 
 class Log:
@@ -1807,7 +1854,9 @@ class Signals:
         name = signal.Signals(self.received).name
         submitted = os.environ.get("SUBMITIT_EXECUTOR")
         if rank() == 0:
-            print(f"\n{name}: saved {self.args.out}, the same command resumes", file=sys.stderr, flush=True)
+            print(
+                f"\n{name}: saved {self.args.out}; repeat the command to resume", file=sys.stderr, flush=True
+            )
             if submitted and name == "SIGUSR2":
                 self.previous[signal.SIGUSR2](signal.SIGUSR2, None)  # submitit's: requeues the job, and exits
         if submitted == "slurm" and name != "SIGINT":
@@ -1844,9 +1893,12 @@ def finish(log, signals):
     print(f"{out}: backbone.pth (torchvision's names), checkpoint.pt, log.jsonl, args.json")
     print(f"next: tensorboard --logdir {out}")
     if find_resnet(load_checked(out / "backbone.pth")):  # what eval_linear.py evaluates
-        data = f" --data {log.args.data}" if log.args.data else ""
-        mode = "" if accuracies else " --mode features"  # which needs no labels
-        print(f"      python eval_linear.py --backbone {out}/backbone.pth{data}{mode}")
+        command = ["python", "eval_linear.py", "--backbone", f"{out}/backbone.pth"]
+        if log.args.data:
+            command += ["--data", log.args.data]
+        if not accuracies:  # without labels
+            command += ["--mode", "features"]
+        print(f"      {shlex.join(command)}")
 
 
 # ------------------------------------------------------------------------------------------------- launch
@@ -1865,7 +1917,8 @@ def launch(main, get_args):
     add("--gpus", type=number(int, 0), default=0, help="GPUs per node, one rank each")
     add("--tasks", type=number(int, 1), default=1, help="ranks per node, without GPUs")
     add("--cpus", type=number(int, 1), default=1, help="cores per rank")
-    add("--minutes", type=number(int, 1), default=60, help="time limit; a run saves, is requeued, resumes")
+    add("--minutes", type=number(int, 1), default=60, help="time limit; a run that reaches it saves, "
+        "is requeued and resumes")
     add("--partition", help="partition of the cluster")
     add("--slurm", nargs="+", default=[], metavar="KEY=VALUE", help="more sbatch options: account, qos, ...")
     # fmt: on
@@ -1880,7 +1933,7 @@ def launch(main, get_args):
     try:
         main(get_args(argv))
     except torch.OutOfMemoryError as error:
-        fail(f"out of memory ({error}): give --micro-batch or a smaller --batch-size")
+        fail(f"out of memory ({error}): give a smaller --batch-size or, in pretraining, --micro-batch")
     except RuntimeError as error:
         refuse_lost_worker(error)
         raise

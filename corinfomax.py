@@ -199,7 +199,7 @@ def main(args):
         args.dim, args.forget, args.forget, args.eps, objective=args.objective, log_ldmi=args.log_ldmi
     ).to(device)
     optimizer = common.make_optimizer(online, args.optimizer, args.lr, args.wd)
-    probe = common.Probe(online.width, train, device)
+    probe = common.Probe(online.width, train, test, device)
     state = dict(data=train, online=online, optimizer=optimizer, probe=probe)  # saved; of the data, a hash
     state.update(criterion=criterion)
     start = common.resume(args, state)

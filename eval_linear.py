@@ -29,6 +29,7 @@ in features/ beside it.
 """
 
 import collections
+import contextlib
 import copy
 import hashlib
 import itertools
@@ -123,6 +124,26 @@ def get_args(argv):
             parser.set_defaults(epochs=5, scales=[1.0, 1.0])
     args = parser.parse_args(RECIPES.get(given.recipe, "").split() + argv)
     # fmt: on
+    check_flags(args, parser)
+    args.scale = 1.0 if args.absolute else args.batch_size / 256
+    args.images = args.data  # unlike --data, the same when a run resumes
+    path = Path(args.backbone)
+    if args.backbone in ("random", "torchvision"):
+        path = Path("runs", f"{path}-{args.arch}")
+    elif not path.is_file():
+        fail(f"--backbone {path} is not a file: give a checkpoint, random or torchvision")
+    run = path.with_name("args.json")
+    if run.exists() and not args.size and args.mode not in DENSE:
+        with contextlib.suppress(ValueError, TypeError, KeyError):  # no run's
+            args.size = int(json.loads(run.read_text())["size"])
+    data = Path((args.data or "patterns").partition(":")[0]).name
+    name = f"eval-{path.stem}-{args.mode}-{data}"
+    args.out = args.out or str(path.with_name(name))
+    return args
+
+
+def check_flags(args, parser):
+    """Refuse flags that would have no effect together."""
     modes = args.mode.split(",")
     for mode in modes:
         if mode not in MODES and mode != "features":
@@ -131,17 +152,11 @@ def get_args(argv):
             fail(f"--mode {args.mode}: {mode} has data of its own, give it alone")
     if args.mode in DENSE and args.labels:
         fail(f"--labels {args.labels} is for labels of images, and --mode {args.mode} has none: omit it")
-    args.scale = 1.0 if args.absolute else args.batch_size / 256
-    path = Path(args.backbone)
-    if args.backbone in ("random", "torchvision"):
-        path = Path("runs", f"{path}-{args.arch}")
-    run = path.with_name("args.json")
-    if run.exists() and not args.size and args.mode not in DENSE:
-        args.size = json.loads(run.read_text()).get("size")
-    data = Path((args.data or "patterns").partition(":")[0]).name
-    name = f"eval-{path.stem}-{args.mode}-{data}"
-    args.out = args.out or str(path.with_name(name))
-    return args
+    if args.steps and (args.warmup_steps or args.last):
+        fail("--warmup-steps and --last are for the cosine decay, which --steps replaces: omit them")
+    for name in ("lr", "wd"):
+        if args.mode == "finetune" and getattr(args, name) != parser.get_default(name):
+            fail(f"--{name} is for heads on a frozen backbone: finetune has --lr-head and --lr-backbone")
 
 
 # ------------------------------------------------------------------------------------------- backbone
@@ -160,9 +175,11 @@ def load_backbone(args):
         resnet = common.find_resnet(weights)
         if resnet is None:
             names = f"its first tensors are {list(weights)[:3]}"
-            fail(f"--backbone {args.backbone} holds no complete ResNet of torchvision, {names}")
+            fail(f"--backbone {args.backbone} holds no complete ResNet of torchvision; {names}")
         net, args.arch, args.stem, prefix = resnet
-        args.weights += f" (its '{prefix}', one of {len(common.resnets_in(weights))})"
+        count = len(common.resnets_in(weights))
+        if count > 1:
+            args.weights += f" (the weights under '{prefix}', one of {count} networks in it)"
     content = b"".join(tensor.numpy().tobytes() for tensor in net.state_dict().values())
     args.backbone_hash = hashlib.sha256(content).hexdigest()[:16]
     return net
@@ -200,6 +217,7 @@ def open_labelled(args, device):
         _, train, test = common.open_data(unbatched, device)
     if test is None:
         fail(f"--data {args.data} has no test images: give a folder with train/ and val/ of class folders")
+    test.unreadable_limit = train.unreadable_limit
     train = train.take(train.labelled())
     if args.labels:
         train = train.take(labelled_rows(train, args))
@@ -228,8 +246,8 @@ def labelled_rows(images, args):
     if args.labels in map(str, range(1, 101)):
         return stratified(images.labels, int(args.labels) / 100, args.seed, LABELLED, least=1)
     if images.files is None or not os.path.isfile(args.labels):
-        fail(f"--labels {args.labels} is neither a percentage, 1 to 100, nor a file of image names")
-    names = {os.path.basename(name) for name in Path(args.labels).read_text().split()}
+        fail(f"--labels {args.labels} is neither a percentage, 1 to 100, nor a list of files of --data")
+    names = {os.path.basename(name) for name in Path(args.labels).read_text().splitlines()} - {""}
     rows = []
     for row in range(len(images)):
         if os.path.basename(images.name(row)) in names:
@@ -260,8 +278,11 @@ def plan(args, mode, train, test):
     held = rows[:0]
     if mode == "lbfgs" or (mode in ("cached", "crops", *DENSE) and len(args.lr + args.wd) > 2):
         held = stratified(train.labels, 0.1, args.seed, HELD_OUT)
+        if not len(held):  # five images per class, or fewer
+            held = stratified(torch.zeros(len(train)), 0.1, args.seed, HELD_OUT)
         if not len(held):
-            fail(f"a tenth of {len(train)} images leaves none to choose on: give one --lr and one --wd")
+            text = f"a tenth of {len(train)} images leaves none to choose on"
+            fail(f"{text}: give more or, except in lbfgs, one --lr and one --wd")
     fit = rows[~torch.isin(rows, held)]
     if mode not in ("knn", "lbfgs") and args.batch_size > len(fit):
         fail(f"--batch-size {args.batch_size} is more than the {len(fit)} images to train on")
@@ -272,7 +293,7 @@ def set_size(args, images, default=224):
     """Set args.size, by default that of small images in memory, and args.resize, the side before cropping."""
     if not args.size:
         args.size = min(images.data.shape[2:]) if images.in_memory else default
-    args.resize = 96 if args.size == 96 else args.size * 8 // 7  # 96, STL-10's side, is left as it is
+    args.resize = common.side_before_centre(args.size)
 
 
 # ------------------------------------------------------------------------------- features and accuracies
@@ -285,15 +306,18 @@ def kept_features(args, net, images):
     path = Path(args.out).parent.parent / "features" / name
     if common.from_rank_0(path.exists):
         return [tensor.to(net.conv1.weight.device) for tensor in common.load_checked(path)]
-    kept = common.features(net, images, torch.arange(len(images)), args, args.resize)
+    kept = common.features(net, images, torch.arange(len(images)), args)
     if common.rank() == 0:
-        path.parent.mkdir(exist_ok=True)
-        common.write(path, lambda file: torch.save(kept, file))
+        try:
+            path.parent.mkdir(exist_ok=True)
+            common.write(path, lambda file: torch.save(kept, file))
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+            print(f"{path} cannot be written, so these features are not cached: {error}", file=sys.stderr)
     return kept
 
 
 def fingerprint(images):
-    """A hash of the labels and of all pixels or, for files, of their names and sizes."""
+    """A hash of the labels and of all pixels or, for files, of the key of their names and of their sizes."""
     if images.in_memory:
         content = hashlib.sha256(images.data.cpu().numpy()).hexdigest()
     elif images.archive:
@@ -354,10 +378,10 @@ def write_sheet(path, images, queries, bank, neighbours):
     tiles = []
     for query, rows in zip(queries.tolist(), neighbours.tolist(), strict=True):
         (picture,), label, _ = images.cut(query, None)
-        tiles.append(picture / 255)
+        tiles.append(picture.cpu() / 255)  # either may be in the memory of a GPU
         for row in rows:
             (picture,), other, _ = bank.cut(row, None)
-            tiles.append(picture / (255 if other == label else 4 * 255))
+            tiles.append(picture.cpu() / (255 if other == label else 4 * 255))
     torchvision.utils.save_image(tiles, path, nrow=1 + neighbours.shape[1], pad_value=1)
 
 
@@ -373,9 +397,10 @@ def train(args, net, data, device):
     """Train heads by SGD, on cached features or random crops, and in `finetune` the backbone with them."""
     total = args.epochs * (len(data.fit) // args.batch_size)
     points = list(itertools.product(args.lr, args.wd))
-    backbone = net
+    backbone, features = net, None
     if args.mode == "cached":
         backbone = nn.Identity()
+        features = kept_features(args, net, data.train)  # before Signals, which would only note a Ctrl-C
     elif args.mode == "finetune":
         points = [(args.lr_head, 0.0)]
         backbone = copy.deepcopy(net).requires_grad_(True).train()
@@ -397,7 +422,7 @@ def train(args, net, data, device):
     log = common.Log(args, start, total)
     signals = common.Signals(args)
 
-    for step, x, y in log.watch(training_batches(args, net, data, device, start, total)):
+    for step, x, y in log.watch(training_batches(args, data, features, device, start, total)):
         for group in optimizer.param_groups:
             group["lr"] = args.scale * group["peak"] * schedule(args, step, total, group["fall"])
         with common.autocast(args, device):
@@ -411,7 +436,7 @@ def train(args, net, data, device):
 
         done = step + 1
         if log.due(done):
-            log(done, {}, loss=losses.min())
+            log(done, {}, loss=common.all_reduce(losses.detach()).min() / common.world())
         stop, save = signals.agree()
         if stop or save or done == total:
             common.save(args, done, state, online, losses.sum(), {}, "model.pth")
@@ -433,17 +458,17 @@ def score(args, net, backbone, weights, data):
         h, y = kept_features(args, net, data.train)
         best, grid = choose(weights, with_one(h[data.held]), y[data.held])
     if args.mode == "finetune":
-        h, y = common.features(backbone, data.test, torch.arange(len(data.test)), args, args.resize)
+        h, y = common.features(backbone, data.test, torch.arange(len(data.test)), args)
     else:
         h, y = kept_features(args, net, data.test)
     return {best: accuracies(with_one(h) @ weights[best].mT, y)}, grid
 
 
-def training_batches(args, net, data, device, start, total):
-    """Yield (step, x, labels (n,)), where x are random crops and flips, or features in `cached`."""
+def training_batches(args, data, features, device, start, total):
+    """Yield (step, x, labels (n,)), where x are rows of `features`, if given, or random crops and flips."""
     order = common.epoch_order(len(data.fit), args, start, total)
-    if args.mode == "cached":
-        h, y = kept_features(args, net, data.train)
+    if features:
+        h, y = features
         for step, _, index in order:
             rows = data.fit[index].to(device, non_blocking=True)
             yield step, h[rows], y[rows]
@@ -516,8 +541,8 @@ def embed(args, net, device):
     images.labels.fill_(-1)  # folders need not be classes
     images.unreadable_limit = 1.0  # however many there are, they are left out
     images = common.to_memory(images, device)
-    set_size(args, images)
     common.resume(args, {})  # makes the directory
+    set_size(args, images)  # after resume(), which keeps the settings as given
 
     out = Path(args.out)
     temporary = out / "features.npy.tmp"
@@ -525,13 +550,15 @@ def embed(args, net, device):
     with open(temporary if common.rank() == 0 else os.devnull, "wb") as file:
         write_header(file, len(images), net.inplanes)
         for part in torch.arange(len(images)).split(PART):
-            h, _ = common.features(net, images, part, args, args.resize)
+            h, _ = common.features(net, images, part, args)
             unreadable = torch.zeros(len(images), device=device)
             unreadable[list(images.unreadable)] = 1
             readable = common.all_reduce(unreadable)[part] == 0  # on all ranks
             rows.append(part[readable.cpu()])
             file.write(h[readable].cpu().numpy().tobytes())
         rows = torch.cat(rows)
+        if not len(rows):
+            fail(f"--data {args.data}: none of its {len(images)} images can be read")
         file.seek(0)
         write_header(file, len(rows), net.inplanes)
     if common.rank() == 0:
@@ -554,7 +581,7 @@ def write_neighbours(out, images, rows):
     """Save a picture of nearest neighbours among the images `rows`, whose features are in features.npy."""
     saved = numpy.load(out / "features.npy", mmap_mode="r")
     queries = common.evenly(torch.arange(len(rows)), 12)
-    h = F.normalize(torch.tensor(saved[queries]), dim=1)
+    h = F.normalize(torch.tensor(saved[queries.numpy()]), dim=1)
     similarity = []
     for first in range(0, len(rows), PART):
         similarity.append(h @ F.normalize(torch.tensor(saved[first : first + PART]), dim=1).mT)
@@ -593,9 +620,11 @@ class DenseImages(common.Images):
             return self.targets[i]
         with Image.open(self.targets[i]) as picture:
             target = numpy.array(picture)
-        if self.mode == "depth":
-            return target.astype("float32") / numpy.float32(self.depth_unit)
-        return target - numpy.uint8(self.first_class)  # 0 - 1 is 255
+        if self.mode == "segment":
+            return target - numpy.uint8(self.first_class)  # 0 - 1 is 255
+        if target.dtype == "uint8":
+            return target  # which check_target() refuses
+        return target.astype("float32") / numpy.float32(self.depth_unit)
 
     def check_target(self, i):
         """How many pixels of target i count, and their largest value; None where it cannot be read."""
@@ -605,9 +634,10 @@ class DenseImages(common.Images):
             target = self.read_target(i)
         except Exception:  # Pillow raises many types of error
             return None
-        if target.shape != (height, width) or target.dtype not in ("uint8", "float32"):
-            fail(
-                f"{self.targets[i]} is of shape {target.shape} and {target.dtype}, its image of shape "
+        dtype = "float32" if self.mode == "depth" else "uint8"
+        if target.shape != (height, width) or target.dtype != dtype:
+            raise ValueError(
+                f"{self.targets[i]} has shape {target.shape} and type {target.dtype}, its image shape "
                 f"{height, width}: give 8-bit masks or 16-bit depths of the size of the image"
             )
         counted = target[target != self.ignored]
@@ -653,9 +683,9 @@ def open_dense(args):
 
 
 def draw_mosaics(n, split):
-    """Draw n images of 64 x 64 pixels: built-in patterns of two classes, side by side or stacked."""
+    """Draw n images of 64 x 64 pixels: patterns, nearly always of two classes, side by side or stacked."""
     patterns = common.draw_patterns(4 * n, split)
-    pairs = patterns.labels.argsort().view(2 * n, 2)  # of one class
+    pairs = patterns.labels.argsort().view(2 * n, 2)  # of one class, but for a few
     tiles = pairs[common.uniform(0, split, torch.arange(2 * n), 8).argsort()].view(n, 2, 2)
     tiles[1::2] = tiles[1::2].mT.clone()
     images = patterns.data[tiles].permute(0, 3, 1, 4, 2, 5).reshape(n, 3, 64, 64)
@@ -692,7 +722,10 @@ def check_targets(args, images):
     """The images whose targets can be read, and the largest value in a target."""
     with ThreadPoolExecutor(args.workers or 1) as pool:
         checks = pool.map(images.check_target, range(len(images)))
-        checks = list(tqdm(checks, "targets", len(images), delay=10))
+        try:
+            checks = list(tqdm(checks, "targets", len(images), delay=10))
+        except ValueError as error:
+            fail(error)
     rows = [row for row, check in enumerate(checks) if check]
     missing = [row for row, check in enumerate(checks) if not check]
     if missing:
@@ -752,17 +785,7 @@ class DenseCrops(torch.utils.data.Dataset):
 
 def dense_batches(images, order, args, device):
     """Yield (step, x (n, 3, H, W), targets (n, H, W)) for each (step, epoch, rows (n,)) of `order`."""
-    order, ahead = itertools.tee(order)
-    loader = torch.utils.data.DataLoader(
-        DenseCrops(images, args),
-        batch_sampler=([(epoch, row) for row in rows.tolist()] for _, epoch, rows in ahead),
-        num_workers=args.workers,
-        worker_init_fn=common.ignore_signals,
-        pin_memory=device.type == "cuda",
-        timeout=300 if args.workers else 0,
-    )
-    for (step, _, rows), (x, target, readable) in zip(order, loader, strict=False):
-        images.report(rows[~readable].tolist())
+    for step, _, _, (x, target) in common.read_ahead(DenseCrops(images, args), order, args, device):
         x = x.to(device, non_blocking=True)
         yield step, common.normalise(x / 255), target.to(device, non_blocking=True)
 
@@ -965,39 +988,40 @@ def dense(args, net, data, device):
 # ---------------------------------------------------------------------------------------------- main
 
 MODES = dict(knn=knn, cached=train, crops=train, lbfgs=lbfgs, finetune=train, segment=dense, depth=dense)
-SGD = (
-    "SGD with momentum 0.9, {epochs} epochs of batch {batch_size}, rates x {scale:g}, "
-    "{warmup_steps} steps of warm-up, {rule}"
-)
-DENSE_SGD = (
-    "{head} at output stride {output_stride}, on crops of {size} pixels at scales of {scales[0]:g} to "
-    f"{{scales[1]:g}}, {SGD}"
-)
-PROTOCOLS = {
-    "knn": "cosine kNN at temperature 0.07",
-    "cached": f"linear probe on features of centres, {SGD}, heads averaged at {{ema:g}}",
-    "crops": f"linear probe on crops of {{area:.0%}} to 100% and flips, {SGD}, heads averaged at {{ema:g}}",
-    "lbfgs": "logistic regression by L-BFGS on features of centres, fitted again on all training images",
-    "finetune": f"fine-tuned on crops of {{area:.0%}} to 100% and flips, {SGD}, "
-    "heads averaged at {ema:g}, backbone at {lr_backbone:g}, last epoch",
-    "segment": f"linear segmentation, {DENSE_SGD}",
-    "depth": f"log depth by L1, {DENSE_SGD}",
-}
 
 
 def protocol(args, data):
     """Describe in a line, for a caption, how results were obtained."""
-    rule = f"falling at epochs {args.steps}" if args.steps else f"cosine to {args.last:g}"
-    head = "BN and a 1 x 1 convolution on the frozen backbone"
-    if args.lr_backbone:
-        head = f"all weights and an FCN head without dropout, the backbone at {args.lr_backbone:g},"
-    how = PROTOCOLS[args.mode].format(**vars(args), rule=rule, head=head)
+    sgd = f"SGD with momentum 0.9, epochs {args.epochs}, batch {args.batch_size}, rates x {args.scale:g}"
+    if args.warmup_steps:
+        sgd += f", {args.warmup_steps} steps of warm-up"
+    sgd += f", falling at epochs {args.steps}" if args.steps else f", cosine to {args.last:g}"
+    if args.ema:
+        sgd += f", heads averaged at {args.ema:g}"
+    crops = f"crops of {args.area:.0%} to 100% and flips"
+    tested = f"centre {args.size} of {args.resize} pixels"
+    if args.mode == "knn":
+        how = "cosine kNN at temperature 0.07"
+    elif args.mode == "lbfgs":
+        how = "logistic regression by L-BFGS on features of centres, fitted again on all training images"
+    elif args.mode == "cached":
+        how = f"linear probe on features of centres, {sgd}"
+    elif args.mode == "crops":
+        how = f"linear probe on {crops}, {sgd}"
+    elif args.mode == "finetune":
+        how = f"fine-tuned on {crops}, {sgd}, backbone at {args.lr_backbone:g}, last epoch"
+    else:
+        task = "segmentation" if args.mode == "segment" else "log depth by L1"
+        head = "BN and a 1 x 1 convolution on the frozen backbone"
+        if args.lr_backbone:
+            head = f"an FCN head without dropout, and the backbone at {args.lr_backbone:g}"
+        crops = f"crops of {args.size} pixels at scales of {args.scales[0]:g} to {args.scales[1]:g}"
+        how = f"{task}, {head}, at output stride {args.output_stride}, on {crops}, {sgd}"
+        tested = "tested uncropped"
     if len(data.held):
         how += f", chosen on {len(data.held)} held-out training images"
     images = f"{args.data or 'patterns'}: {len(data.train)} training, {len(data.test)} test images"
-    if args.mode in DENSE:
-        return f"{how}; {args.arch} of {args.weights}; {images}, tested whole"
-    return f"{how}; {args.arch} of {args.weights}; {images}, centre {args.size} of {args.resize} pixels"
+    return f"{how}; {args.arch} of {args.weights}; {images}, {tested}"
 
 
 def print_table(results, how):

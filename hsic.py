@@ -305,7 +305,7 @@ def main(args):
     scale = KernelScale(args.kernel, args.scale).to(device)
     model = common.parallel(online, args, device)  # the same, in DDP if there are several ranks
     optimizer = common.make_optimizer(online, args.optimizer, args.lr, args.wd)
-    probe = common.Probe(online.width, train, device)
+    probe = common.Probe(online.width, train, test, device)
     state = dict(data=train, online=online, optimizer=optimizer, probe=probe)  # saved; of the data, a hash
     state.update(average=average, scale=scale)
     if args.target:

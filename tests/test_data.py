@@ -14,7 +14,7 @@ import numpy
 import pytest
 import torch
 import torchvision
-from conftest import FORKSERVER, TINY, exit_code, launch, make_folder, read_log, train
+from conftest import FORKSERVER, TINY, exit_code, launch, make_folder, read_log, state_of, train
 from PIL import Image
 
 import common
@@ -104,6 +104,14 @@ def test_a_zip_is_the_folder_it_was_made_from(layout, folder, tmp_path):
     assert len(os.listdir("/proc/self/fd")) - opened <= 1 + ("two" in layout)
 
 
+def test_a_folder_train_beside_other_images_is_a_class_of_a_zip_too(tmp_path):
+    write(tmp_path / "photos", "2020/a/x.jpg", "2021/train/x.jpg")
+    make_zip(tmp_path / "photos.zip", tmp_path / "photos", "")
+    for root in (tmp_path / "photos.zip", tmp_path / "photos"):
+        images, _ = common.open_folder(root)
+        assert images.classes == ["2020", "2021"] and len(images) == 2
+
+
 def test_a_damaged_member_is_an_unreadable_image(folder, tmp_path, capsys):
     make_zip(tmp_path / "images.zip", folder, "")
     images, _ = common.open_folder(tmp_path / "images.zip")
@@ -134,13 +142,22 @@ def test_other_archives_are_refused_with_a_sentence(name, tmp_path, monkeypatch,
     assert sentence in capsys.readouterr().err
 
 
-def test_the_command_that_makes_a_tar_a_zip_runs(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "make, tars",
+    [
+        ("tar -cf images.tar -C in .", "images.tar"),
+        ("tar -czf train.tar.gz -C in train && tar -cf val.tar -C in val", "train.tar.gz val.tar"),
+        ("tar -czf train.tgz -C in/train . && tar -cf val.tar -C in/val b", "train.tgz val.tar"),
+    ],
+)
+def test_the_command_that_makes_tars_a_zip_runs(make, tars, tmp_path, monkeypatch, capsys):
     write(tmp_path, "in/train/a/x.jpg", "in/train/b/x.jpg", "in/val/b/x.jpg")
     monkeypatch.chdir(tmp_path)
-    subprocess.run("tar -cf images.tar -C in .", shell=True, check=True)
-    assert exit_code(lambda: common.open_folder(Path("images.tar"))) == 2
-    command = capsys.readouterr().err.partition("python -c")[2]
-    subprocess.run(f"{sys.executable} -c {command}", shell=True, check=True)
+    subprocess.run(make, shell=True, check=True)
+    first, *more = tars.split()
+    assert exit_code(lambda: common.open_folder(Path(first))) == 2
+    command = capsys.readouterr().err.partition("python -c")[2].strip()
+    subprocess.run(" ".join([sys.executable, "-c", command, *more]), shell=True, check=True)
     images, test = common.open_folder(tmp_path / "images.zip")
     assert images.classes == ["a", "b"] and test.labels.tolist() == [1]
 
@@ -201,10 +218,12 @@ def test_all_usual_formats_are_read_and_16_bits_are_not_clipped(name, tmp_path):
 
 def test_unreadable_images_are_skipped_and_named_above_1_percent_are_fatal(tmp_path, capsys):
     make_folder(tmp_path, 64, splits=["train"])
+    make_folder(tmp_path, 1, splits=["val"])
     args = music.get_args([*TINY, f"--data={tmp_path}", "--workers=1"])
     damaged = tmp_path / "train/a/005.jpg"
     damaged.write_bytes(damaged.read_bytes()[:-100])
-    images, _, _ = common.open_data(args, CPU)
+    images, _, test = common.open_data(args, CPU)
+    test.report([0])  # however many of the test images
     assert len(list(common.batches(images, args, CPU, 0, 16))) == 16
     assert capsys.readouterr().err.count("train/a/005.jpg") == 1
     Image.new("F", (24, 20)).save(damaged.with_name("006.jpg"), "TIFF")  # of unknown range
@@ -229,6 +248,7 @@ def test_tiny_imagenet_as_downloaded_resumes_when_moved_not_when_changed(tmp_pat
     flags = ["--epochs=1", "--out", tmp_path / "out", "--data"]
     assert train(*flags, tmp_path) == 0
     assert "no kNN" in capsys.readouterr().err and "knn" not in read_log(tmp_path / "out")[-1]
+    assert len(state_of(tmp_path / "out")["probe"]["1.bias"]) == 1  # it is off
     moved = (tmp_path / "train").rename(tmp_path / "moved")
     assert train(*flags, moved) == 0
     (moved / "n1/images/000.jpg").rename(moved / "n1/0.jpg")

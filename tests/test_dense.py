@@ -262,6 +262,15 @@ def test_masks_are_read_in_each_layout(layout, tmp_path, capsys):
         assert torch.equal(target[8], (torch.arange(71) * 3 // 71 + 1).byte() % 3)
 
 
+def test_depths_of_8_bits_are_refused_once(tmp_path, capsys):
+    root = make_data(tmp_path, "depth")
+    for path in (root / "train/depth").iterdir():
+        write(path, numpy.array(Image.open(path)).astype("uint8"))
+    assert evaluate("--mode depth --workers 4", root, tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert error.count("error:") == 1 and "type uint8, its image" in error
+
+
 def test_depths_are_in_metres_and_crops_that_are_enlarged_are_nearer(data):
     crops, _ = crops_of(data["depth"], "depth", "--depth-unit", "500")
     image, target, _ = crops[None, 0]
@@ -291,8 +300,14 @@ def test_the_rate_is_chosen_on_training_images(tmp_path, data, monkeypatch):
 
 
 WRONG_TARGETS = {  # what is replaced, by what (shape None: that of the image), and the message
-    "size": ("train/masks/0.png", (20, 30), "uint8", 0, "(20, 30) and uint8, its image of shape (40, 72)"),
-    "16 bits": ("train/masks/0.png", (40, 72), "uint16", 0, "0.png is of shape (40, 72) and uint16"),
+    "size": (
+        "train/masks/0.png",
+        (20, 30),
+        "uint8",
+        0,
+        "shape (20, 30) and type uint8, its image shape (40, 72)",
+    ),
+    "16 bits": ("train/masks/0.png", (40, 72), "uint16", 0, "0.png has shape (40, 72) and type uint16"),
     "class": ("val/masks/0.png", (40, 72), "uint8", 7, "test masks have class 7, training masks 0 to 2"),
     "ignored": ("train/masks/*.png", None, "uint8", 255, "no pixel of"),
     "ignored, held out": ("train/masks/{held}.png", None, "uint8", 255, "no pixel of the 1 held-out"),

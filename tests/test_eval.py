@@ -42,7 +42,7 @@ def test_heads_trained_at_once_are_those_trained_one_at_a_time(tmp_path, monkeyp
     for (lr, wd), head in zip(itertools.product(args.lr, args.wd), heads, strict=True):
         weight = torch.zeros(4, 7, requires_grad=True)
         optimizer = torch.optim.SGD([weight], momentum=0.9, weight_decay=wd)
-        for step, x, labels in ev.training_batches(args, net, data, device, 0, 9):
+        for step, x, labels in ev.training_batches(args, data, (h, y), device, 0, 9):
             common.set_lr(optimizer, 32 / 256 * lr * ev.schedule(args, step, 9, 0.1))
             optimizer.zero_grad()
             F.cross_entropy(ev.with_one(x) @ weight.mT, labels).backward()
@@ -58,6 +58,15 @@ def test_lbfgs_reaches_the_optimum(penalty):
     loss = F.cross_entropy(ev.with_one(h) @ weight.mT, y) + penalty / 2 * weight[:, :-1].square().sum()
     loss.backward()
     assert weight.grad.abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("per_class, held", [(20, [2, 2, 2, 2]), (3, [0, 1, 0, 0])])
+def test_a_tenth_of_each_class_is_held_out_or_of_all_images_if_few(per_class, held):
+    h, y = problem(4 * per_class)
+    images = common.Images(h, y, list("abcd"), "")
+    _, data = ev.plan(ev.get_args([*EVALUATION, "--size=32"]), "lbfgs", images, images)
+    assert sum(held) == len(data.held) and len(data.fit) == len(h) - len(data.held)
+    assert per_class == 3 or y[data.held].bincount(minlength=4).tolist() == held
 
 
 def test_knn_is_a_loop_over_images():
@@ -84,6 +93,8 @@ def test_two_ranks_find_what_one_finds(tmp_path, on_ranks):
     assert on_ranks(evaluate, 2, flags, data, two) == [0, 0]
     for found, expected in zip(read_log(two, "results.jsonl"), read_log(one, "results.jsonl"), strict=True):
         torch.testing.assert_close(found["results"], expected["results"], rtol=0, atol=1e-4)
+    for found, expected in zip(read_log(two / "cached"), read_log(one / "cached"), strict=True):
+        assert found["loss"] == pytest.approx(expected["loss"], abs=1e-4)
 
 
 def test_other_test_labels_change_the_accuracy_but_not_what_is_chosen(tmp_path, monkeypatch):
@@ -129,6 +140,8 @@ def test_features_are_kept_until_images_change(tmp_path, folder, monkeypatch, ca
         (data / old).rename(data / new)
     with pytest.raises(TypeError):  # they would be made again
         evaluate("--mode knn", data, tmp_path / "3")
+    assert evaluate("--mode knn", folder, tmp_path / "3") == 2
+    assert f"images {data} -> {folder}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -148,7 +161,9 @@ def test_features_of_images_are_written_with_their_names(
         data, size, prefix = shutil.make_archive(root, "zip", root), 64, ""
     monkeypatch.setattr(ev, "PART", 7)
     out = tmp_path / "out"
-    assert evaluate(f"--mode features --size {size}", data, out) == 0
+    flags = "--mode features" + (" --size 64" if zipped else "")
+    assert evaluate(flags, data, out) == 0
+    assert zipped or evaluate(flags, data, out) == 0  # the same again
     names = (out / "names.txt").read_text().splitlines()
     assert names == [prefix + name.replace("\n", "\\n") for name in kept]
     features = numpy.load(out / "features.npy")
@@ -162,6 +177,15 @@ def test_features_of_images_are_written_with_their_names(
             torch.testing.assert_close(net(x)[0].numpy(), features[row], rtol=0, atol=2e-2)
     assert (out / "neighbours.png").exists() and not list(out.glob("*.tmp"))
     assert capsys.readouterr().err.count("unreadable") == (2 if zipped else 0)
+
+
+def test_features_of_one_image_and_of_none_that_can_be_read(tmp_path, capsys):
+    data = make_folder(tmp_path / "images", 1, splits=[""], classes=["a"])
+    assert evaluate("--mode features", data, tmp_path / "one") == 0
+    assert numpy.load(tmp_path / "one/features.npy").shape == (1, 512)
+    (data / "a/000.jpg").write_bytes(b"damaged")
+    assert evaluate("--mode features --size 32", data, tmp_path / "none") == 2
+    assert "none of its 1 images can be read" in capsys.readouterr().err
 
 
 def test_two_ranks_write_the_features_that_one_writes(tmp_path, big_folder, on_ranks):
@@ -190,6 +214,9 @@ def test_torchvision_data_sets_are_read_by_their_public_interface(tmp_path):
     images, test = ev.open_files("dtd", str(tmp_path))
     assert images.labels.tolist() == [0, 1, 0, 1] and images.classes == ["a", "b"]
     assert test.data[1].endswith(b"b/005.jpg")
+    (root / "images/a/000.jpg").rename(root / "images/a/0 0.jpg")
+    images.data[0] = images.data[0].replace(b"000", b"0 0")
+    (root / "labels/train1.txt").write_text("a/0 0.jpg\n\nb/003.jpg\n")
     for labels, rows in (("50", [2, 3]), (root / "labels/train1.txt", [0, 1])):  # per cent; a list
         args = argparse.Namespace(labels=str(labels), seed=0)
         assert ev.labelled_rows(images, args).tolist() == rows

@@ -28,7 +28,7 @@ import common
 import music
 
 WRONG = {
-    "music --data /no/such": "/no/such: no images there",
+    "music --data /no/such": "/no/such does not exist",
     "music --data {folder} --batch-size 4096": "4096 is more than the 48",
     "music --data=": "--data is empty",
     "music --recipe nope": "nope",
@@ -41,18 +41,21 @@ WRONG = {
     "music --segment 5": "16 is not a multiple of --segment 5",
     "music --compile --micro-batch 4": "--micro-batch 4",
     "music --init {tmp}/file": "--init",
-    "music --precision bf16": "--precision bf16 at --size 16 on a CPU",
+    "music --precision bf16 --size 32 --local-crops 1": "wrong gradients for views of 14 pixels",
     "music --submit local --sweep lr": "give flag=value,value",
     "music --submit local --sweep lr=0.1,nan": "nan is not between 0",
     "music --submit local --nodes 2": "only one node",
     "music --sweep lr=0.1,0.2": "--sweep is for jobs",
     "eval_linear --data {folder}/train": "has no test images",
-    "eval_linear --backbone {tmp}/another": "no complete ResNet of torchvision, its first tensors are ['feat",
+    "eval_linear --backbone {tmp}/another": "no complete ResNet of torchvision; its first tensors are ['feat",
     "eval_linear --backbone {tmp}/damaged": "wrong checksum",
+    "eval_linear --backbone {tmp}": "is not a file",
+    "eval_linear --mode crops --steps 1 --warmup-steps 9": "--steps replaces: omit them",
+    "eval_linear --mode finetune --lr 0.1": "finetune has --lr-head",
     "eval_linear --mode knn,linear": "--mode knn,linear: choose from",
     "eval_linear --data {folder} --labels 101": "--labels 101 is neither",
     "eval_linear --data {folder} --mode cached --batch-size 46": "46 is more than the 44 images",
-    "eval_linear --data {folder} --mode cached --labels 5 --batch-size 2": "leaves none to choose on",
+    "eval_linear --data {folder} --mode cached --labels 5 --batch-size 2": "a tenth of 2 images leaves none",
     "eval_linear --out {folder}": "neither empty nor a run",
     "eval_linear --mode segment,knn": "segment has data of its own",
     "eval_linear --mode segment --labels 10": "--labels 10 is for labels of images",
@@ -98,6 +101,9 @@ def test_what_a_run_leaves_and_that_the_same_command_changes_nothing(tmp_path, f
 
     assert train(*flags, out) == 0 and read_log(out) == log
     assert train(*flags, out, "--lr=0.1") == 2 and "lr 0.002 -> 0.1" in capsys.readouterr().err
+    settings = (out / "args.json").read_text()
+    (out / "args.json").write_text(settings.replace('"fp32"', '"bf16"'))  # as of a GPU, where it began
+    assert train(*flags, out) == 2 and "--precision bf16 on a CPU" in capsys.readouterr().err
     assert train(*flags, more, "--init", out / "backbone.pth", "--lr=0") == 0
     weights = [torch.load(run / "backbone.pth")["conv1.weight"] for run in (out, more)]
     assert torch.equal(*weights)
