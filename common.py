@@ -28,6 +28,7 @@ import signal
 import subprocess
 import sys
 import time
+import typing
 import warnings
 import zipfile
 import zlib
@@ -188,10 +189,21 @@ def uniform(*parts):
 
 # -------------------------------------------------------------------------------------------------- views
 
-# How a view is made: range of crop areas, strengths of the jitter, probabilities, side in pixels. A view
-# without area is for evaluation: a centre crop, after the shorter side was resized to `resize`.
-FIELDS = "area jitter jitter_p blur_p solarise_p gray_p flip_p size resize"
-View = collections.namedtuple("View", FIELDS, defaults=[None, None, 0.8, 0, 0, 0.2, 0.5, 0, 0])
+
+class View(typing.NamedTuple):
+    """How a view is made; without `area`, by a centre crop for evaluation."""
+
+    area: tuple = None  # smallest and largest, of a random crop
+    jitter: tuple = None  # strengths: brightness, contrast, saturation, hue
+    jitter_p: float = 0.8  # probabilities
+    blur_p: float = 0
+    solarise_p: float = 0
+    gray_p: float = 0.2
+    flip_p: float = 0.5
+    size: int = 0  # side of the view in pixels
+    resize: int = 0  # shorter side of the image before a centre crop
+
+
 BYOL = View((0.08, 1), (0.4, 0.4, 0.2, 0.1))
 SIMCLR = View((0.08, 1), (0.8, 0.8, 0.8, 0.2), blur_p=0.5)
 AUH = View((0.08, 1), (0.4, 0.4, 0.4, 0.4), jitter_p=1)
@@ -1336,10 +1348,12 @@ def start(args, script):
     group = dict(backend="gloo")
     default = "fp32"
     if args.device == "cuda":
-        gpus = torch.cuda.device_count()  # SLURM may show a rank only its own GPU
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) if gpus > 1 else 0)
+        gpus = torch.cuda.device_count()
+        device = torch.device("cuda", 0)
+        if gpus > 1 or dist.is_torchelastic_launched():  # else SLURM may show a rank only its own GPU
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         if device.index >= gpus:
-            fail(f"this rank needs GPU {device.index} of {gpus}: give fewer ranks, or --device cpu")
+            fail(f"rank {rank()} has no GPU of its own, there are {gpus}: give fewer ranks, or --device cpu")
         torch.cuda.set_device(device)
         torch.set_num_threads(1)  # little is left for the CPU, and threads would compete with the workers
         group = dict(backend="nccl", device_id=device)
@@ -1807,7 +1821,8 @@ class Log:
 
     def warn_of_collapse(self, step, rank_z, largest):
         """Warn once when embeddings collapse, and again only after they have recovered."""
-        collapsed = rank_z < 4 <= largest / 4 and step > min(100, self.total // 4)
+        beginning = step <= min(100, self.total // 4)
+        collapsed = rank_z < 4 and largest >= 16 and not beginning
         if collapsed and not self.collapsed:
             text = f"collapse: the effective rank of the embeddings is {rank_z:.1f} of {largest}"
             tqdm.write(f"step {step}: {text}", sys.stderr)

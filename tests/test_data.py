@@ -171,8 +171,11 @@ def test_a_folder_named_as_a_data_set_is_mentioned(tmp_path, monkeypatch, capsys
 
 
 def lose_a_worker(errors, *flags):
-    """Lose a worker in a process of its own, since torch notices at once only in a process's first run."""
-    multiprocessing.set_start_method("fork", force=True)
+    """Lose a worker in a process of its own, since torch notices at once only in a process's first run.
+
+    Its default is not to fork, as in Python 3.14.
+    """
+    assert multiprocessing.get_start_method() == "forkserver"
     common.Crops.cut = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
     with open(errors, "w") as file:
         os.dup2(file.fileno(), 2)
