@@ -800,16 +800,15 @@ def load(images, order, views, args, device):
             uncropped = images.data[index.to(device, non_blocking=True)]
             yield step, epoch, index, images.labels[index], [uncropped] * len(views)
         return
-    for step, epoch, index, (crops, labels) in read_ahead(
-        Crops(images, views, args.seed), order, args, device
-    ):
+    dataset = Crops(images, views, args.seed)
+    for step, epoch, index, (crops, labels) in read_ahead(dataset, order, args, device):
         yield step, epoch, index, labels, [x.permute(0, 3, 1, 2) for x in crops]
 
 
 def read_ahead(dataset, order, args, device):
     """Yield (step, epoch, index, batch) for each (step, epoch, index) in `order`, read by --workers.
 
-    An item of the dataset ends in whether its image can be read, which is reported and left out of the batch.
+    Each item of the dataset ends with whether its image can be read, which is reported, and not in the batch.
     """
     order, ahead = itertools.tee(order)
     workers = {}
