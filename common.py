@@ -1868,9 +1868,8 @@ class Signals:
         name = signal.Signals(self.received).name
         submitted = os.environ.get("SUBMITIT_EXECUTOR")
         if rank() == 0:
-            print(
-                f"\n{name}: saved {self.args.out}; repeat the command to resume", file=sys.stderr, flush=True
-            )
+            text = f"{name}: saved {self.args.out}; repeat the command to resume"
+            print(f"\n{text}", file=sys.stderr, flush=True)
             if submitted and name == "SIGUSR2":
                 self.previous[signal.SIGUSR2](signal.SIGUSR2, None)  # submitit's: requeues the job, and exits
         if submitted == "slurm" and name != "SIGINT":

@@ -126,7 +126,7 @@ def get_args(argv):
     # fmt: on
     check_flags(args, parser)
     args.scale = 1.0 if args.absolute else args.batch_size / 256
-    args.images = args.data  # unlike --data, the same when a run resumes
+    args.images = args.data  # compared when a run resumes, unlike --data
     path = Path(args.backbone)
     if args.backbone in ("random", "torchvision"):
         path = Path("runs", f"{path}-{args.arch}")
