@@ -2,9 +2,9 @@
 run directories and launching.
 
 Functions and small classes with one job each; main() of a method shows the order in which they are used.
-Every random choice about an image is a pure function of (seed, epoch, image, choice), see `uniform`, and the
-order of its jitter of (seed, step, view): there is no generator state to save, the number of workers does not
-matter, and a global batch gets the same views on 1, 2 or 8 ranks.
+Every random choice about an image is a pure function of (seed, epoch, image, choice), see `uniform`; only the
+order of the jitter operations depends on (seed, step, view). So there is no generator state to save, the
+number of workers does not matter, and a global batch gets the same views on 1, 2 or 8 ranks.
 """
 
 import argparse
@@ -191,17 +191,17 @@ def uniform(*parts):
 
 
 class View(typing.NamedTuple):
-    """How a view is made; without `area`, by a centre crop for evaluation."""
+    """How a view of an image is made. A view without `area` is a centre crop, for evaluation."""
 
-    area: tuple = None  # smallest and largest, of a random crop
-    jitter: tuple = None  # strengths: brightness, contrast, saturation, hue
-    jitter_p: float = 0.8  # probabilities
+    area: tuple = None  # smallest and largest area of a random crop, as fractions of the image
+    jitter: tuple = None  # strengths of brightness, contrast, saturation, hue
+    jitter_p: float = 0.8  # its probability, as of the next four
     blur_p: float = 0
     solarise_p: float = 0
     gray_p: float = 0.2
     flip_p: float = 0.5
     size: int = 0  # side of the view in pixels
-    resize: int = 0  # shorter side of the image before a centre crop
+    resize: int = 0  # shorter side to which an image is resized before a centre crop
 
 
 BYOL = View((0.08, 1), (0.4, 0.4, 0.2, 0.1))
@@ -418,7 +418,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".tif", ".
 TAR_TO_ZIP = (
     "python -c \"import sys, tarfile, zipfile, pathlib; z = zipfile.ZipFile('images.zip', 'w'); "
     "[z.writestr(s + m.name.removeprefix('./').removeprefix(s), t.extractfile(m).read()) "
-    "for p in sys.argv[1:] for s in [pathlib.Path(p).name.split('.')[0] + '/'] "
+    "for p in sys.argv[1:] for s in [pathlib.Path(p).name.split('.tar')[0].removesuffix('.tgz') + '/'] "
     'for t in [tarfile.open(p)] for m in t if m.isfile()]; z.close()"'
 )
 warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # pixels are never written to
@@ -597,16 +597,17 @@ def list_folder(folder, classes=None):
 
 
 def list_zip(archive, members, part, classes=None):
-    """The images below the folder `part` of a zip ("": all); None if there are none.
+    """The images below the folder `part` of a zip, or None if there are none; all images if `part` is "".
 
-    `part` is at the top of the zip or in a folder that holds all its images.
+    train, val and test are at the top of the zip, or in the folder that all images of the zip are in.
     """
     names = [f"/{os.fsdecode(name)}" for name in members["name"]]  # sorted
     folder = "/"
     if part and names:
-        shared = os.path.commonpath([os.path.dirname(names[0]), os.path.dirname(names[-1])])
-        above = re.split("/(train|val|test)/", f"{shared}/")[0].rstrip("/")
-        folder = f"{above}/{part}/"
+        top = os.path.commonpath([os.path.dirname(names[0]), os.path.dirname(names[-1])]).rstrip("/")
+        if {name.removeprefix(f"{top}/").partition("/")[0] for name in names} - {"train", "val", "test"}:
+            top = re.split("/(train|val|test)/", f"{top}/")[0].rstrip("/")  # `top` was in one of them
+        folder = f"{top}/{part}/"
     rows = [row for row, name in enumerate(names) if name.startswith(folder)]
     if part and not rows:
         return None
@@ -638,7 +639,7 @@ def refuse_tar(path):
     if ".tar" in path.suffixes or path.suffix == ".tgz":
         fail(
             f"--data {path}: a tar has no index of its members: mount it with ratarmount, or convert it to a "
-            f"zip (unpack a tar of tars first): {TAR_TO_ZIP} {path}"
+            f"zip (unpack a tar of tars first): {TAR_TO_ZIP} {shlex.quote(str(path))}"
         )
 
 
@@ -733,7 +734,6 @@ def open_data(args, device):
     bank = to_memory(banks[0], device) if banks else train
     if test is not None:
         test = to_memory(test, device)
-        test.unreadable_limit = 1.0  # pretraining does not depend on test images
     return train, bank, test
 
 
@@ -808,12 +808,12 @@ def load(images, order, views, args, device):
 def read_ahead(dataset, order, args, device):
     """Yield (step, epoch, index, batch) for each (step, epoch, index) in `order`, read by --workers.
 
-    Each item of the dataset ends with whether its image can be read, which is reported, and not in the batch.
+    The last part of an item says whether its image can be read; images that cannot are reported.
     """
     order, ahead = itertools.tee(order)
     workers = {}
     if args.workers:
-        # forked, so that they share the list of images; the default is another since Python 3.14
+        # forked, to share the list of images; since Python 3.14 the default, forkserver, would copy it
         context = "fork" if sys.platform == "linux" else None
         workers = dict(prefetch_factor=1, timeout=300, multiprocessing_context=context)
     loader = torch.utils.data.DataLoader(
@@ -1339,38 +1339,35 @@ def start(args, script):
     """Join the process group, check --out and set the seed, writing nothing; returns this rank's device."""
     args.script = str(Path(script).resolve())
     if args.batch_size % world() or args.batch_size < 2 * world():
-        fail(
-            f"--batch-size {args.batch_size} cannot be divided among {world()} ranks: give a multiple of "
-            f"{world()}, at least {2 * world()}"
-        )
+        advice = f"give a multiple of {world()} with at least 2 images per rank"
+        fail(f"--batch-size {args.batch_size} on {world()} rank(s): {advice}")
     device = torch.device("cpu")
     group = dict(backend="gloo")
     default = "fp32"
     if args.device == "cuda":
-        gpus = torch.cuda.device_count()
-        device = torch.device("cuda", 0)
-        if gpus > 1 or dist.is_torchelastic_launched():  # else SLURM may show a rank only its own GPU
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        gpus = torch.cuda.device_count()  # SLURM may show a rank only its own GPU
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) if gpus > 1 else 0)
         if device.index >= gpus:
-            fail(f"rank {rank()} has no GPU of its own, there are {gpus}: give fewer ranks, or --device cpu")
+            fail(f"rank {rank()} has no GPU, this machine shows {gpus}: give fewer ranks or --device cpu")
         torch.cuda.set_device(device)
         torch.set_num_threads(1)  # little is left for the CPU, and threads would compete with the workers
         group = dict(backend="nccl", device_id=device)
         if torch.cuda.is_bf16_supported(including_emulation=False):
             default = "bf16"
-    before = saved_settings(Path(args.out))
-    args.precision = args.precision or before.get("precision") or default
-    sides = [args.size or 224]
-    if "views" in args:
-        sides = [view.size for view in views_of(args)]
-    if device.type == "cpu" and args.precision == "bf16" and min(sides) < 18:
-        fail(f"--precision bf16 on a CPU gives wrong gradients for views of {min(sides)} pixels: give fp32")
     if args.compile:
         check_compiler(device)
     torch.backends.cudnn.allow_tf32 = False
     if world() > 1 and not dist.is_initialized():
         dist.init_process_group(**group)
-    from_rank_0(lambda: check_settings(args, before))
+    before = from_rank_0(lambda: saved_settings(Path(args.out)))
+    args.precision = args.precision or before.get("precision") or default
+    sides = [args.size or 224]
+    if "views" in args:
+        sides = [view.size for view in views_of(args)]
+    if device.type == "cpu" and args.precision == "bf16" and min(sides) < 18:
+        problem = f"--precision bf16 on a CPU gives wrong gradients for views of {min(sides)} pixels"
+        fail(f"{problem}: give fp32, and another --out if this run began on a GPU")
+    check_settings(args, before)
     torch.manual_seed(args.seed)
     return device
 
@@ -1428,7 +1425,9 @@ def set_lr(optimizer, lr):
 
 def side_before_centre(size):
     """The shorter side to which an image is resized before its centre of `size` pixels is cut."""
-    return 96 if size == 96 else size * 8 // 7  # 36 for 32, 73 for 64, 256 for 224; 96, STL-10's, is kept
+    if size == 96:  # of STL-10, which the official evaluation takes as it is
+        return size
+    return size * 8 // 7  # 36 for 32, 73 for 64, 256 for 224
 
 
 @torch.no_grad()
@@ -1503,13 +1502,11 @@ def gradient_norm(net):
 
 
 class Probe(nn.Sequential):
-    """An online linear classifier of L2-normalised features after a BN; off without labelled test images."""
+    """An online linear classifier of L2-normalised features after a BN; off without labels or test images."""
 
     def __init__(self, width, train, test, device):
-        labelled = test is not None and len(train.labelled()) > 0
-        classes = len(train.classes) if labelled else 1
-        super().__init__(BatchNorm(width, affine=False), nn.Linear(width, classes))
-        self.labelled = labelled
+        super().__init__(BatchNorm(width, affine=False), nn.Linear(width, len(train.classes) or 1))
+        self.labelled = test is not None and len(train.labelled()) > 0
         self.to(device)
         self.optimizer = torch.optim.SGD(self.parameters(), 0.1, momentum=0.9)
 
@@ -1549,6 +1546,7 @@ def evaluate(backbone, probe, bank, test, args):
     """Accuracies in [0, 1] of kNN (k = 20; bank up to 25,000) and probe, on up to 10,000 test images."""
     if test is None:
         return {}
+    test.unreadable_limit = 1.0  # pretraining does not depend on test images
     h_bank, y_bank = features(backbone, bank, evenly(bank.labelled(), 25_000), args)
     h, y = features(backbone, test, evenly(torch.arange(len(test)), 10_000), args)
     similarity, rows = nearest(h, h_bank, min(20, len(h_bank)))
@@ -1579,10 +1577,12 @@ def saved_settings(out):
 
 
 def check_settings(args, before):
-    """Refuse an --out that holds another run, with these settings."""
+    """Refuse to go on with the run in --out, whose settings are `before`, if they have changed."""
+    if not before:
+        return
     changes = []
     for name, value in json.loads(json.dumps(vars(args))).items():
-        if before and name not in MAY_CHANGE and value != before.get(name):
+        if name not in MAY_CHANGE and value != before.get(name):
             changes.append(f"{name} {before.get(name)} -> {value}")
     if changes:
         fail(f"--out {args.out} holds another run ({', '.join(changes)}): choose another --out")
@@ -1721,7 +1721,9 @@ def save(args, step, state, backbone, loss, terms, name="backbone.pth"):
         check_finite(step, saved)
         try:
             write_checkpoint(args, dict(saved, step=step, world=world()))
-            weights = {key: tensor.cpu() for key, tensor in backbone.state_dict().items()}
+            weights = {}
+            for key, value in backbone.state_dict().items():
+                weights[key] = value.cpu() if torch.is_tensor(value) else value
             write(Path(args.out, name), lambda file: torch.save(weights, file))
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
             fail(f"step {step} cannot be saved in {args.out} ({error}); the last checkpoint is kept")
@@ -1868,10 +1870,10 @@ class Signals:
         name = signal.Signals(self.received).name
         submitted = os.environ.get("SUBMITIT_EXECUTOR")
         if rank() == 0:
-            text = f"{name}: saved {self.args.out}; repeat the command to resume"
-            print(f"\n{text}", file=sys.stderr, flush=True)
+            print(f"\n{name}: saved {self.args.out}", file=sys.stderr, flush=True)
             if submitted and name == "SIGUSR2":
                 self.previous[signal.SIGUSR2](signal.SIGUSR2, None)  # submitit's: requeues the job, and exits
+            print("repeat the command to resume", file=sys.stderr, flush=True)
         if submitted == "slurm" and name != "SIGINT":
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(900)  # a task that leaves early would complete or fail the SLURM job

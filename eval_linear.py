@@ -15,10 +15,10 @@
     ... --backbone random --arch resnet18        the floor; --backbone torchvision: the supervised ceiling
 
 FILE is any checkpoint that holds a torchvision ResNet, under whatever names. Hyperparameters are chosen on a
-tenth of the TRAINING images, held out per class, never on test images: probes train a grid of rates and
-decays at once on the rest, and report the best head as it is (with one --lr and one --wd, as published,
-nothing is held out); lbfgs then fits all training images. crops and finetune report the last epoch, where the
-official code of CorInfoMax and SFRIK reports the epoch that is best on the test images.
+tenth of the TRAINING images, held out per class (unless all have five or fewer), never on test images: probes
+train a grid of rates and decays at once on the rest, and report the best head as it is (with one --lr and one
+--wd, as published, nothing is held out); lbfgs then fits all training images. crops and finetune report the
+last epoch, where the official code of CorInfoMax and SFRIK reports the epoch that is best on the test images.
 
 segment and depth take train/images/NAME.jpg with train/masks/NAME.png (8-bit class indices, 255 is ignored)
 or train/depth/NAME.png (16 bits, 0 is ignored), and val/ likewise; segment also takes ADE20K as unpacked.
@@ -124,26 +124,23 @@ def get_args(argv):
             parser.set_defaults(epochs=5, scales=[1.0, 1.0])
     args = parser.parse_args(RECIPES.get(given.recipe, "").split() + argv)
     # fmt: on
-    check_flags(args, parser)
+    check_flags(args, given, parser)
     args.scale = 1.0 if args.absolute else args.batch_size / 256
-    args.images = args.data  # compared when a run resumes, unlike --data
     path = Path(args.backbone)
     if args.backbone in ("random", "torchvision"):
         path = Path("runs", f"{path}-{args.arch}")
-    elif not path.is_file():
-        fail(f"--backbone {path} is not a file: give a checkpoint, random or torchvision")
-    run = path.with_name("args.json")
+    run = path.parent / "args.json"
     if run.exists() and not args.size and args.mode not in DENSE:
-        with contextlib.suppress(ValueError, TypeError, KeyError):  # no run's
+        with contextlib.suppress(ValueError, TypeError, KeyError):  # not the settings of a run
             args.size = int(json.loads(run.read_text())["size"])
     data = Path((args.data or "patterns").partition(":")[0]).name
     name = f"eval-{path.stem}-{args.mode}-{data}"
-    args.out = args.out or str(path.with_name(name))
+    args.out = args.out or str(path.parent / name)
     return args
 
 
-def check_flags(args, parser):
-    """Refuse flags that would have no effect together."""
+def check_flags(args, given, parser):
+    """Refuse modes that do not go together, and flags on the command line that would have no effect."""
     modes = args.mode.split(",")
     for mode in modes:
         if mode not in MODES and mode != "features":
@@ -152,19 +149,20 @@ def check_flags(args, parser):
             fail(f"--mode {args.mode}: {mode} has data of its own, give it alone")
     if args.mode in DENSE and args.labels:
         fail(f"--labels {args.labels} is for labels of images, and --mode {args.mode} has none: omit it")
-    if args.steps and (args.warmup_steps or args.last):
+    if args.steps and (given.warmup_steps or given.last):
         fail("--warmup-steps and --last are for the cosine decay, which --steps replaces: omit them")
-    for name in ("lr", "wd"):
-        if args.mode == "finetune" and getattr(args, name) != parser.get_default(name):
-            fail(f"--{name} is for heads on a frozen backbone: finetune has --lr-head and --lr-backbone")
+    if args.mode == "finetune":
+        for name in ("lr", "wd"):
+            if getattr(given, name) != parser.get_default(name):
+                fail(f"--{name} is for a frozen backbone: finetune has --lr-head and --lr-backbone")
 
 
 # ------------------------------------------------------------------------------------------- backbone
 
 def load_backbone(args):
-    """Load the network of --backbone; sets args.arch, .stem, .weights (their source) and .backbone_hash."""
+    """The network of --backbone, and a description of it; sets args.arch, .stem and .backbone_hash."""
     torch.manual_seed(args.seed)
-    args.weights = args.backbone
+    source = args.backbone
     if args.backbone == "random":
         net, _ = common.resnet(args.arch, args.stem)
     else:
@@ -179,10 +177,10 @@ def load_backbone(args):
         net, args.arch, args.stem, prefix = resnet
         count = len(common.resnets_in(weights))
         if count > 1:
-            args.weights += f" (the weights under '{prefix}', one of {count} networks in it)"
+            source += f" (the weights under '{prefix}', one of {count} networks in it)"
     content = b"".join(tensor.numpy().tobytes() for tensor in net.state_dict().values())
     args.backbone_hash = hashlib.sha256(content).hexdigest()[:16]
-    return net
+    return net, f"{args.arch} of {source}"
 
 
 def published_weights(arch):
@@ -217,7 +215,6 @@ def open_labelled(args, device):
         _, train, test = common.open_data(unbatched, device)
     if test is None:
         fail(f"--data {args.data} has no test images: give a folder with train/ and val/ of class folders")
-    test.unreadable_limit = train.unreadable_limit
     train = train.take(train.labelled())
     if args.labels:
         train = train.take(labelled_rows(train, args))
@@ -247,7 +244,8 @@ def labelled_rows(images, args):
         return stratified(images.labels, int(args.labels) / 100, args.seed, LABELLED, least=1)
     if images.files is None or not os.path.isfile(args.labels):
         fail(f"--labels {args.labels} is neither a percentage, 1 to 100, nor a list of files of --data")
-    names = {os.path.basename(name) for name in Path(args.labels).read_text().splitlines()} - {""}
+    lines = Path(args.labels).read_text().splitlines()
+    names = {os.path.basename(line.strip()) for line in lines} - {""}
     rows = []
     for row in range(len(images)):
         if os.path.basename(images.name(row)) in names:
@@ -280,9 +278,10 @@ def plan(args, mode, train, test):
         held = stratified(train.labels, 0.1, args.seed, HELD_OUT)
         if not len(held):  # five images per class, or fewer
             held = stratified(torch.zeros(len(train)), 0.1, args.seed, HELD_OUT)
-        if not len(held):
-            text = f"a tenth of {len(train)} images leaves none to choose on"
-            fail(f"{text}: give more or, except in lbfgs, one --lr and one --wd")
+        trained = train.labels[~torch.isin(rows, held)]
+        if not len(held) or not torch.isin(train.labels[held], trained).all():
+            text = f"{len(train)} training images are too few to choose settings on a tenth of them"
+            fail(f"{text}: give more --labels or, except in lbfgs, one --lr and one --wd")
     fit = rows[~torch.isin(rows, held)]
     if mode not in ("knn", "lbfgs") and args.batch_size > len(fit):
         fail(f"--batch-size {args.batch_size} is more than the {len(fit)} images to train on")
@@ -290,10 +289,17 @@ def plan(args, mode, train, test):
 
 
 def set_size(args, images, default=224):
-    """Set args.size, by default that of small images in memory, and args.resize, the side before cropping."""
+    """Set args.size, if it is not given: the side of small images in memory, or the default."""
     if not args.size:
         args.size = min(images.data.shape[2:]) if images.in_memory else default
-    args.resize = common.side_before_centre(args.size)
+
+
+def refuse_other_images(args, *parts):
+    """Refuse an --out with results of other images; sets args.images, the keys of these."""
+    args.images = [part.key for part in parts]
+    before = common.from_rank_0(lambda: common.saved_settings(Path(args.out)))
+    if before.get("images", args.images) != args.images:
+        fail(f"--out {args.out} holds results of other images: choose another --out")
 
 
 # ------------------------------------------------------------------------------- features and accuracies
@@ -317,7 +323,7 @@ def kept_features(args, net, images):
 
 
 def fingerprint(images):
-    """A hash of the labels and of all pixels or, for files, of the key of their names and of their sizes."""
+    """A hash of the labels and of all pixels or, for files, of Images.key and their sizes."""
     if images.in_memory:
         content = hashlib.sha256(images.data.cpu().numpy()).hexdigest()
     elif images.archive:
@@ -397,7 +403,8 @@ def train(args, net, data, device):
     """Train heads by SGD, on cached features or random crops, and in `finetune` the backbone with them."""
     total = args.epochs * (len(data.fit) // args.batch_size)
     points = list(itertools.product(args.lr, args.wd))
-    backbone, features = net, None
+    backbone = net
+    features = None
     if args.mode == "cached":
         backbone = nn.Identity()
         features = kept_features(args, net, data.train)  # before Signals, which would only note a Ctrl-C
@@ -532,7 +539,7 @@ def lbfgs(args, net, data, device):
 PART = 50_000  # images whose features are in memory at a time
 
 
-def embed(args, net, device):
+def embed(args, net, description, device):
     """Write features.npy, names.txt in the same order and neighbours.png, for all images of --data."""
     name = (args.data or "").partition(":")[0]
     if not name or name in common.NAMED or name in FILE_SETS:
@@ -541,6 +548,7 @@ def embed(args, net, device):
     images.labels.fill_(-1)  # folders need not be classes
     images.unreadable_limit = 1.0  # however many there are, they are left out
     images = common.to_memory(images, device)
+    refuse_other_images(args, images)
     common.resume(args, {})  # makes the directory
     set_size(args, images)  # after resume(), which keeps the settings as given
 
@@ -558,7 +566,7 @@ def embed(args, net, device):
             file.write(h[readable].cpu().numpy().tobytes())
         rows = torch.cat(rows)
         if not len(rows):
-            fail(f"--data {args.data}: none of its {len(images)} images can be read")
+            fail(f"--data {args.data}: no image can be read, of {len(images)}")
         file.seek(0)
         write_header(file, len(rows), net.inplanes)
     if common.rank() == 0:
@@ -567,7 +575,7 @@ def embed(args, net, device):
         temporary.replace(out / "features.npy")
         write_neighbours(out, images, rows)
         print(f"{out}: features.npy {len(rows), net.inplanes}, names.txt in the same order, neighbours.png")
-        print(f"{args.arch} of {args.weights}, centre {args.size} of {args.resize} pixels")
+        print(f"{description}, {centre(args)}")
     common.leave_ranks()
 
 
@@ -637,8 +645,8 @@ class DenseImages(common.Images):
         dtype = "float32" if self.mode == "depth" else "uint8"
         if target.shape != (height, width) or target.dtype != dtype:
             raise ValueError(
-                f"{self.targets[i]} has shape {target.shape} and type {target.dtype}, its image shape "
-                f"{height, width}: give 8-bit masks or 16-bit depths of the size of the image"
+                f"{self.targets[i]} has shape {target.shape} and type {target.dtype}, and its image has "
+                f"shape {height, width}: masks must have 8 bits, depths 16, and both the size of their image"
             )
         counted = target[target != self.ignored]
         return counted.size, counted.max(initial=0)
@@ -990,7 +998,12 @@ def dense(args, net, data, device):
 MODES = dict(knn=knn, cached=train, crops=train, lbfgs=lbfgs, finetune=train, segment=dense, depth=dense)
 
 
-def protocol(args, data):
+def centre(args):
+    """What the network sees of an image."""
+    return f"centre {args.size} of {common.side_before_centre(args.size)} pixels"
+
+
+def protocol(args, description, data):
     """Describe in a line, for a caption, how results were obtained."""
     sgd = f"SGD with momentum 0.9, epochs {args.epochs}, batch {args.batch_size}, rates x {args.scale:g}"
     if args.warmup_steps:
@@ -999,7 +1012,7 @@ def protocol(args, data):
     if args.ema:
         sgd += f", heads averaged at {args.ema:g}"
     crops = f"crops of {args.area:.0%} to 100% and flips"
-    tested = f"centre {args.size} of {args.resize} pixels"
+    tested = centre(args)
     if args.mode == "knn":
         how = "cosine kNN at temperature 0.07"
     elif args.mode == "lbfgs":
@@ -1021,7 +1034,7 @@ def protocol(args, data):
     if len(data.held):
         how += f", chosen on {len(data.held)} held-out training images"
     images = f"{args.data or 'patterns'}: {len(data.train)} training, {len(data.test)} test images"
-    return f"{how}; {args.arch} of {args.weights}; {images}, {tested}"
+    return f"{how}; {description}; {images}, {tested}"
 
 
 def print_table(results, how):
@@ -1036,22 +1049,23 @@ def print_table(results, how):
 
 
 def main(args):
-    net = load_backbone(args)
+    net, description = load_backbone(args)
     device = common.start(args, __file__)
     net = common.prepare(net, device).eval().requires_grad_(False)
     if args.mode == "features":
-        return embed(args, net, device)
+        return embed(args, net, description, device)
     if args.mode in DENSE:
         train, test = common.from_rank_0(lambda: open_dense(args))
     else:
         train, test = open_labelled(args, device)
     plans = [plan(args, mode, train, test) for mode in args.mode.split(",")]
+    refuse_other_images(args, train, test)
     common.resume(args, {})  # makes the directory
 
     records = ""
     for mode_args, data in plans:
         results, grid = MODES[mode_args.mode](mode_args, net, data, device)
-        how = protocol(mode_args, data)
+        how = protocol(mode_args, description, data)
         record = dict(results=results, protocol=how, grid=grid, args=vars(mode_args))
         records += json.dumps(record) + "\n"
         if common.rank() == 0:

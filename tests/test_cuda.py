@@ -117,14 +117,6 @@ def test_a_step_without_log_or_save_does_not_wait(gpu, name, tmp_path, monkeypat
         assert train(*flags.split(), "--data", data, "--out", tmp_path, module=__import__(name)) == 0
 
 
-def test_a_rank_of_torchrun_without_a_gpu_is_refused(monkeypatch, capsys):
-    monkeypatch.setattr(cuda, "device_count", lambda: 1)
-    for name, value in dict(LOCAL_RANK="1", TORCHELASTIC_RUN_ID="none").items():
-        monkeypatch.setenv(name, value)
-    assert train("--device", "cuda") == 2
-    assert "has no GPU of its own, there are 1" in capsys.readouterr().err
-
-
 def test_every_evaluation_runs(gpu, folder, tmp_path, capsys):
     flags = "--backbone random --arch resnet18 --size 16 --epochs 1 --batch-size 32 --device cuda --workers 0"
     flags += f" --mode knn,cached,crops,lbfgs,finetune --data {folder} --out {tmp_path}"

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy
 import pytest
@@ -104,12 +105,22 @@ def test_a_zip_is_the_folder_it_was_made_from(layout, folder, tmp_path):
     assert len(os.listdir("/proc/self/fd")) - opened <= 1 + ("two" in layout)
 
 
-def test_a_folder_train_beside_other_images_is_a_class_of_a_zip_too(tmp_path):
-    write(tmp_path / "photos", "2020/a/x.jpg", "2021/train/x.jpg")
+@pytest.mark.parametrize(
+    "names, top, classes",  # in a folder; where train/ is looked for in its zip
+    [
+        ("2020/a/x.jpg 2021/train/x.jpg", "", ["2020", "2021"]),
+        ("train/train/x.jpg train/val/x.jpg train/a/x.jpg", "", ["a", "train", "val"]),
+        ("test/train/a/x.jpg test/val/a/x.jpg", "test", ["a"]),
+        ("train/a/x.jpg", "", ["a"]),
+    ],
+)
+def test_folders_of_a_zip_mean_what_they_mean_on_a_disk(names, top, classes, tmp_path):
+    write(tmp_path / "photos", *names.split())
     make_zip(tmp_path / "photos.zip", tmp_path / "photos", "")
-    for root in (tmp_path / "photos.zip", tmp_path / "photos"):
-        images, _ = common.open_folder(root)
-        assert images.classes == ["2020", "2021"] and len(images) == 2
+    for root in (tmp_path / "photos.zip", tmp_path / "photos" / top):
+        images, test = common.open_folder(root)
+        assert images.classes == classes and len(images) == len(classes)
+        assert (test is None) == (top == "")
 
 
 def test_a_damaged_member_is_an_unreadable_image(folder, tmp_path, capsys):
@@ -225,8 +236,10 @@ def test_unreadable_images_are_skipped_and_named_above_1_percent_are_fatal(tmp_p
     args = music.get_args([*TINY, f"--data={tmp_path}", "--workers=1"])
     damaged = tmp_path / "train/a/005.jpg"
     damaged.write_bytes(damaged.read_bytes()[:-100])
+    (tmp_path / "val/a/000.jpg").write_bytes(b"damaged")
     images, _, test = common.open_data(args, CPU)
-    test.report([0])  # however many of the test images
+    net, _ = common.resnet("resnet18")
+    assert "knn" in common.evaluate(net, Mock(labelled=False), images, test, args)  # half of test is damaged
     assert len(list(common.batches(images, args, CPU, 0, 16))) == 16
     assert capsys.readouterr().err.count("train/a/005.jpg") == 1
     Image.new("F", (24, 20)).save(damaged.with_name("006.jpg"), "TIFF")  # of unknown range
@@ -251,7 +264,7 @@ def test_tiny_imagenet_as_downloaded_resumes_when_moved_not_when_changed(tmp_pat
     flags = ["--epochs=1", "--out", tmp_path / "out", "--data"]
     assert train(*flags, tmp_path) == 0
     assert "no kNN" in capsys.readouterr().err and "knn" not in read_log(tmp_path / "out")[-1]
-    assert len(state_of(tmp_path / "out")["probe"]["1.bias"]) == 1  # it is off
+    assert not state_of(tmp_path / "out")["probe"]["_extra_state"]["state"]  # it is off
     moved = (tmp_path / "train").rename(tmp_path / "moved")
     assert train(*flags, moved) == 0
     (moved / "n1/images/000.jpg").rename(moved / "n1/0.jpg")

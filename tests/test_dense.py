@@ -212,7 +212,7 @@ def test_an_interrupted_training_ends_bit_for_bit_as_one_that_was_not(tmp_path, 
 
 
 def test_the_backbone_is_frozen_unless_it_has_a_rate(tmp_path, data):
-    before = ev.load_backbone(ev.get_args(EVALUATION)).state_dict()
+    before = ev.load_backbone(ev.get_args(EVALUATION))[0].state_dict()
     before = {name: value for name, value in before.items() if "num_batches" not in name}  # not counted
     for rate in (0, 0.01):
         out = tmp_path / str(rate)
@@ -223,7 +223,7 @@ def test_the_backbone_is_frozen_unless_it_has_a_rate(tmp_path, data):
     losses = [record["loss"] for record in read_log(out / "segment")]
     assert sum(losses[4:]) < sum(losses[:4])
     again = ev.get_args(["--backbone", f"{out}/segment/model.pth"])
-    loaded = ev.load_backbone(again).state_dict()
+    loaded = ev.load_backbone(again)[0].state_dict()
     assert all(same(loaded[name], online[f"backbone.{name}"]) for name in before)
 
 
@@ -268,7 +268,7 @@ def test_depths_of_8_bits_are_refused_once(tmp_path, capsys):
         write(path, numpy.array(Image.open(path)).astype("uint8"))
     assert evaluate("--mode depth --workers 4", root, tmp_path / "out") == 2
     error = capsys.readouterr().err
-    assert error.count("error:") == 1 and "type uint8, its image" in error
+    assert error.count("error:") == 1 and "type uint8, and its image" in error
 
 
 def test_depths_are_in_metres_and_crops_that_are_enlarged_are_nearer(data):
@@ -305,7 +305,7 @@ WRONG_TARGETS = {  # what is replaced, by what (shape None: that of the image), 
         (20, 30),
         "uint8",
         0,
-        "shape (20, 30) and type uint8, its image shape (40, 72)",
+        "shape (20, 30) and type uint8, and its image has shape (40, 72)",
     ),
     "16 bits": ("train/masks/0.png", (40, 72), "uint16", 0, "0.png has shape (40, 72) and type uint16"),
     "class": ("val/masks/0.png", (40, 72), "uint8", 7, "test masks have class 7, training masks 0 to 2"),

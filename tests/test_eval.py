@@ -11,7 +11,7 @@ import numpy
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import EVALUATION, ROOT, make_folder, read_log, same, signals, state_of, train
+from conftest import EVALUATION, ROOT, exit_code, make_folder, read_log, same, signals, state_of, train
 
 import common
 import eval_linear as ev
@@ -35,7 +35,7 @@ def test_heads_trained_at_once_are_those_trained_one_at_a_time(tmp_path, monkeyp
     images = common.Images(h, y, list("abcd"), "")
     grid = f"--lr .01 .3 2 --wd 0 .1 --warmup-steps=3 --batch-size=32 --epochs=9 --size=96 --out={tmp_path}"
     args, data = ev.plan(ev.get_args([*EVALUATION, *grid.split()]), "cached", images, images)
-    assert args.resize == 96  # STL-10's images are left as they are
+    assert common.side_before_centre(args.size) == 96  # STL-10's images are left as they are
     net, device = argparse.Namespace(inplanes=6), common.start(args, ev.__file__)
     ev.train(args, net, data, device)
     heads = state_of(tmp_path / "cached")["online"]["1.weight"].unflatten(0, (4, 6)).unbind(1)
@@ -64,9 +64,12 @@ def test_lbfgs_reaches_the_optimum(penalty):
 def test_a_tenth_of_each_class_is_held_out_or_of_all_images_if_few(per_class, held):
     h, y = problem(4 * per_class)
     images = common.Images(h, y, list("abcd"), "")
-    _, data = ev.plan(ev.get_args([*EVALUATION, "--size=32"]), "lbfgs", images, images)
+    args = ev.get_args([*EVALUATION, "--size=32"])
+    _, data = ev.plan(args, "lbfgs", images, images)
     assert sum(held) == len(data.held) and len(data.fit) == len(h) - len(data.held)
     assert per_class == 3 or y[data.held].bincount(minlength=4).tolist() == held
+    images.labels = torch.arange(len(h))  # a held-out image would be the only one of its class
+    assert exit_code(lambda: ev.plan(args, "lbfgs", images, images)) == 2
 
 
 def test_knn_is_a_loop_over_images():
@@ -140,8 +143,9 @@ def test_features_are_kept_until_images_change(tmp_path, folder, monkeypatch, ca
         (data / old).rename(data / new)
     with pytest.raises(TypeError):  # they would be made again
         evaluate("--mode knn", data, tmp_path / "3")
-    assert evaluate("--mode knn", folder, tmp_path / "3") == 2
-    assert f"images {data} -> {folder}" in capsys.readouterr().err
+    (data / "val/a/000.jpg").unlink()
+    assert evaluate("--mode knn --batch-size 4096", data, tmp_path / "1") == 2
+    assert "holds results of other images" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -168,7 +172,7 @@ def test_features_of_images_are_written_with_their_names(
     assert names == [prefix + name.replace("\n", "\\n") for name in kept]
     features = numpy.load(out / "features.npy")
     assert features.shape == (len(kept), 512) and features.dtype == numpy.float32
-    net = ev.load_backbone(ev.get_args(EVALUATION)).eval()
+    net = ev.load_backbone(ev.get_args(EVALUATION))[0].eval()
     view = common.View(size=size, resize=size * 8 // 7)
     for row in (0, len(kept) // 2, len(kept) - 1):
         pixels = common.decode(root / kept[row])[None]
@@ -185,7 +189,7 @@ def test_features_of_one_image_and_of_none_that_can_be_read(tmp_path, capsys):
     assert numpy.load(tmp_path / "one/features.npy").shape == (1, 512)
     (data / "a/000.jpg").write_bytes(b"damaged")
     assert evaluate("--mode features --size 32", data, tmp_path / "none") == 2
-    assert "none of its 1 images can be read" in capsys.readouterr().err
+    assert "no image can be read, of 1" in capsys.readouterr().err
 
 
 def test_two_ranks_write_the_features_that_one_writes(tmp_path, big_folder, on_ranks):
@@ -229,6 +233,8 @@ def test_a_recipe_is_flags_that_others_override():
     assert (args.mode, args.labels, args.lr_head, args.scale) == ("finetune", "10", 3.0, 1.0)
     assert [ev.schedule(args, step, 40, 0.5) for step in (9, 10, 20, 39)] == [1, 0.5, 0.25, 0.125]
     assert ev.schedule(ev.get_args(["--backbone=random", "--recipe=corinfomax-linear"]), 9, 9, 0.1) == 0.01
+    args = ev.get_args("--backbone random --recipe corinfomax-linear --steps 2 --epochs 4".split())
+    assert [ev.schedule(args, step, 40, 0.5) for step in (19, 20)] == [1, 0.5]
 
 
 def test_the_lines_of_the_readme_for_detection_and_segmentation_run(tmp_path, monkeypatch):

@@ -42,7 +42,7 @@ def test_the_published_resnet_is_found_in_a_checkpoint(name, tmp_path):
     torch.save(content, tmp_path / "file", _use_new_zipfile_serialization=name != "moco")
     (tmp_path / "args.json").write_text('{"size": 64}')
     args = ev.get_args(["--backbone", f"{tmp_path}/file"])
-    assert same(ev.load_backbone(args).state_dict(), NET.state_dict())
+    assert same(ev.load_backbone(args)[0].state_dict(), NET.state_dict())
     assert (args.arch, args.stem, args.size) == ("resnet34", "cifar", 64)
     net, _ = common.resnet("resnet34", "cifar", init=tmp_path / "file")
     assert same(net.state_dict(), NET.state_dict())
