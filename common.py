@@ -605,8 +605,9 @@ def list_zip(archive, members, part, classes=None):
     folder = "/"
     if part and names:
         top = os.path.commonpath([os.path.dirname(names[0]), os.path.dirname(names[-1])]).rstrip("/")
-        if {name.removeprefix(f"{top}/").partition("/")[0] for name in names} - {"train", "val", "test"}:
-            top = re.split("/(train|val|test)/", f"{top}/")[0].rstrip("/")  # `top` was in one of them
+        below = {name.removeprefix(f"{top}/").partition("/")[0] for name in names}
+        if not below <= {"train", "val", "test"}:  # `top` may be inside one of these
+            top = re.split("/(train|val|test)/", f"{top}/")[0].rstrip("/")
         folder = f"{top}/{part}/"
     rows = [row for row, name in enumerate(names) if name.startswith(folder)]
     if part and not rows:
