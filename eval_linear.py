@@ -454,15 +454,18 @@ def train(args, net, data, device):
     signals.restore()
     names = [f"lr {lr:g}, wd {wd:g}" for lr, wd in points]
     weights = average.weight.detach().unflatten(0, shape).unbind(1)
-    return score(args, net, backbone, dict(zip(names, weights, strict=True)), data)
+    return score(args, net, backbone, dict(zip(names, weights, strict=True)), data, features)
 
 
-def score(args, net, backbone, weights, data):
-    """Test accuracies of the head that is best on held-out images, and the held-out accuracy of all."""
+def score(args, net, backbone, weights, data, features):
+    """Test accuracies of the head that is best on held-out images, and the held-out accuracy of all.
+
+    features: those of the training images, if they are in memory already.
+    """
     best, *_ = weights
     grid = {}
     if len(data.held):
-        h, y = kept_features(args, net, data.train)
+        h, y = features or kept_features(args, net, data.train)
         best, grid = choose(weights, with_one(h[data.held]), y[data.held])
     if args.mode == "finetune":
         h, y = common.features(backbone, data.test, torch.arange(len(data.test)), args)

@@ -41,6 +41,7 @@ WRONG = {
     "music --segment 5": "16 is not a multiple of --segment 5",
     "music --compile --micro-batch 4": "--micro-batch 4",
     "music --init {tmp}/file": "--init",
+    "music --precision bf16": "wrong gradients for views of 16 pixels",
     "music --precision bf16 --size 32 --local-crops 1": "wrong gradients for views of 14 pixels",
     "music --submit local --sweep lr": "give flag=value,value",
     "music --submit local --sweep lr=0.1,nan": "nan is not between 0",
