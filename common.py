@@ -969,7 +969,7 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
             return F.batch_norm(x, *running, self.weight, self.bias, self.training, self.momentum, self.eps)
         if x.device.type == "cuda":
             return NormaliseOverRanks.apply(x, self.weight, self.bias, *running, self.momentum, self.eps)
-        rows = all_gather(x, norm_group(dist.group.WORLD))
+        rows = all_gather(x)
         y = F.batch_norm(rows, *running, self.weight, self.bias, True, self.momentum, self.eps)
         return y[rank() * len(x) :][: len(x)]  # not chunk(), whose views forbid an in-place ReLU
 
@@ -987,7 +987,7 @@ class NormaliseOverRanks(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, running_mean, running_var, momentum, eps):
         mean, invstd = torch.batch_norm_stats(x, eps)
-        statistics = all_gather(torch.stack([mean, invstd])[None], norm_group(dist.group.WORLD))  # (W, 2, C)
+        statistics = all_gather(torch.stack([mean, invstd])[None])  # (W, 2, C)
         counts, int_counts = counts_of_ranks(x.numel() // x.shape[1], world(), x.device)
         mean, invstd = torch.batch_norm_gather_stats_with_counts(
             x, statistics[:, 0], statistics[:, 1], running_mean, running_var, momentum, eps, counts
@@ -1003,7 +1003,7 @@ class NormaliseOverRanks(torch.autograd.Function):
             grad, x, mean, invstd, weight, True, *ctx.needs_input_grad[1:3]
         )
         sums = torch.stack(sums)
-        dist.all_reduce(sums, group=norm_group(dist.group.WORLD))
+        dist.all_reduce(sums)
         grad_x = torch.batch_norm_backward_elemt(grad, x, mean, invstd, weight, *sums, counts)
         return grad_x, grad_weight, grad_bias, None, None, None, None
 
@@ -1267,12 +1267,6 @@ def world():
 
 
 @lru_cache
-def norm_group(_):
-    """A group of all ranks for BN, whose small collectives would otherwise queue behind DDP's gradients."""
-    return dist.new_group()
-
-
-@lru_cache
 def cpu_group(_):
     """A gloo group of all ranks, in which they agree and wait for each other without waiting for a GPU."""
     return dist.new_group(backend="gloo", timeout=timedelta(days=1))
@@ -1295,31 +1289,29 @@ class AllReduce(torch.autograd.Function):
     """The sum over ranks of a tensor; backward, the sum over ranks of its gradient."""
 
     @staticmethod
-    def forward(ctx, x, group=None):
-        ctx.group = group
+    def forward(ctx, x):
         total = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=group)
+        dist.all_reduce(total)
         return total
 
     @staticmethod
     def backward(ctx, grad):
-        return AllReduce.forward(ctx, grad, ctx.group), None
+        return AllReduce.forward(ctx, grad)
 
 
 class AllGather(torch.autograd.Function):
     """The rows of all ranks; backward, this rank's rows of the sum over ranks of the gradient."""
 
     @staticmethod
-    def forward(ctx, x, group=None):
-        ctx.group = group
+    def forward(ctx, x):
         out = x.new_empty(world() * len(x), *x.shape[1:])
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its older name
-        gather(out, x.contiguous(), group=group)
+        gather(out, x.contiguous())
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        return AllReduce.forward(ctx, grad, ctx.group).chunk(world())[rank()], None
+        return AllReduce.forward(ctx, grad).chunk(world())[rank()]
 
 
 def all_reduce(x):
@@ -1331,9 +1323,9 @@ def all_reduce(x):
     return AllReduce.apply(x) if dist.is_initialized() else x
 
 
-def all_gather(x, group=None):
+def all_gather(x):
     """The rows x (n, ...) of all ranks in rank order, (W n, ...), differentiable; n is the same on all."""
-    return AllGather.apply(x, group) if dist.is_initialized() else x
+    return AllGather.apply(x) if dist.is_initialized() else x
 
 
 def start(args, script):
