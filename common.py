@@ -1281,8 +1281,9 @@ def from_rank_0(function):
 
 
 def barrier():
-    """Wait on the CPU until all ranks are here, up to a day: a disk or a download may be slow."""
-    from_rank_0(lambda: None)
+    """Wait on the CPU until all ranks are here, up to a day: a disk may be slow."""
+    if dist.is_initialized():
+        dist.barrier(cpu_group(dist.group.WORLD))
 
 
 class AllReduce(torch.autograd.Function):
@@ -1351,7 +1352,8 @@ def start(args, script):
         check_compiler(device)
     torch.backends.cudnn.allow_tf32 = False
     if world() > 1 and not dist.is_initialized():
-        dist.init_process_group(**group)
+        # NCCL's own ten minutes are too few where one rank writes, or reads its share of images, more slowly
+        dist.init_process_group(**group, timeout=timedelta(hours=2))
     before = from_rank_0(lambda: saved_settings(Path(args.out)))
     args.precision = args.precision or before.get("precision") or default
     sides = [args.size or 224]

@@ -71,7 +71,7 @@ def gpu(request):
         patch.object(cuda, "is_bf16_supported"),
         patch.multiple(dist, is_initialized=Mock(), get_rank=lambda: 0, get_world_size=lambda: request.param),
         patch.multiple(dist, all_reduce=exchange, all_gather_single=exchange, create=True),  # new in 2.13
-        patch.multiple(dist, broadcast_object_list=Mock(), destroy_process_group=Mock()),
+        patch.multiple(dist, broadcast_object_list=Mock(), barrier=Mock(), destroy_process_group=Mock()),
         patch.object(dist, "new_group", new_group),
         patch.object(torch.nn.parallel, "DistributedDataParallel", lambda net, **_: net),
         Simulation() as simulation,
@@ -98,6 +98,8 @@ def test_a_step_without_log_or_save_does_not_wait(gpu, name, tmp_path, monkeypat
     """Tests the third of four steps, in a run and again as the first step of a resumed one."""
     batches = common.batches
     flags, most_kernels = STEPS[name, common.world()]
+    if torch.__version__ < "2.14":  # whose simulated gradients have other strides, and are copied
+        most_kernels += 40
 
     def until_third(train, args, device, start, _):
         yield from batches(train, args, device, start, 2)
