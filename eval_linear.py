@@ -134,7 +134,9 @@ def get_args(argv):
         with contextlib.suppress(ValueError, TypeError, KeyError):  # not the settings of a run
             args.size = int(json.loads(run.read_text())["size"])
     data = Path((args.data or "patterns").partition(":")[0]).name
-    name = f"eval-{path.stem}-{args.mode}-{data}"
+    name = f"eval-{path.stem}-{args.recipe or args.mode}-{data}"
+    if given.labels:
+        name += f"-{Path(given.labels).stem}"  # 1, 10, or of a list
     args.out = args.out or str(path.parent / name)
     return args
 

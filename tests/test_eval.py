@@ -237,6 +237,13 @@ def test_a_recipe_is_flags_that_others_override():
     assert [ev.schedule(args, step, 40, 0.5) for step in (19, 20)] == [1, 0.5]
 
 
+def test_recipes_and_percentages_of_labels_have_directories_of_their_own():
+    protocols = [f"--recipe {recipe}" for recipe in ev.RECIPES]
+    protocols += ["--mode lbfgs", "--mode lbfgs --labels 1", "--mode lbfgs --labels 10", "--mode finetune"]
+    outs = {ev.get_args(f"--backbone random {protocol}".split()).out for protocol in protocols}
+    assert len(outs) == len(protocols)
+
+
 def test_the_lines_of_the_readme_for_detection_and_segmentation_run(tmp_path, monkeypatch):
     readme = (ROOT / "README.md").read_text().partition("detection and segmentation:\n")[2]
     torch.save(common.resnet("resnet50")[0].state_dict(), tmp_path / "backbone.pth")
