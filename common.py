@@ -1267,7 +1267,7 @@ def world():
 
 
 @lru_cache
-def cpu_group(_):
+def cpu_group():
     """A gloo group of all ranks, in which they agree and wait for each other without waiting for a GPU."""
     return dist.new_group(backend="gloo", timeout=timedelta(days=1))
 
@@ -1276,14 +1276,15 @@ def from_rank_0(function):
     """Call function() on rank 0 alone, and return its result on every rank."""
     objects = [function() if rank() == 0 else None]
     if dist.is_initialized():
-        dist.broadcast_object_list(objects, group=cpu_group(dist.group.WORLD))
+        dist.broadcast_object_list(objects, group=cpu_group())
     return objects[0]
 
 
 def barrier():
     """Wait on the CPU until all ranks are here, up to a day: a disk may be slow."""
     if dist.is_initialized():
-        dist.barrier(cpu_group(dist.group.WORLD))
+        # not dist.barrier, which may choose a GPU
+        dist.all_reduce(torch.zeros(1), group=cpu_group())
 
 
 class AllReduce(torch.autograd.Function):
@@ -1854,7 +1855,7 @@ class Signals:
         due = rank() == 0 and time.monotonic() - self.saved_at > 60 * self.args.save_minutes
         votes = torch.tensor([self.received, due])
         if dist.is_initialized():
-            dist.all_reduce(votes, dist.ReduceOp.MAX, group=cpu_group(dist.group.WORLD))
+            dist.all_reduce(votes, dist.ReduceOp.MAX, group=cpu_group())
         self.received, due = votes.tolist()
         if due:
             self.saved_at = time.monotonic()
@@ -1884,6 +1885,7 @@ class Signals:
 
 def leave_ranks():
     """Destroy the process group, if there is one, before a program ends."""
+    cpu_group.cache_clear()  # a group in use would outlive this, and its threads might abort Python's exit
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -71,7 +71,7 @@ def gpu(request):
         patch.object(cuda, "is_bf16_supported"),
         patch.multiple(dist, is_initialized=Mock(), get_rank=lambda: 0, get_world_size=lambda: request.param),
         patch.multiple(dist, all_reduce=exchange, all_gather_single=exchange, create=True),  # new in 2.13
-        patch.multiple(dist, broadcast_object_list=Mock(), barrier=Mock(), destroy_process_group=Mock()),
+        patch.multiple(dist, broadcast_object_list=Mock(), destroy_process_group=Mock()),
         patch.object(dist, "new_group", new_group),
         patch.object(torch.nn.parallel, "DistributedDataParallel", lambda net, **_: net),
         Simulation() as simulation,

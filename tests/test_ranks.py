@@ -1,6 +1,7 @@
 """The same numbers on 1, 2 and 4 real processes, each with rows of its own."""
 
 from argparse import Namespace
+from pathlib import Path
 from unittest.mock import patch
 
 import pytest
@@ -201,3 +202,15 @@ def test_steps_and_a_resume_on_other_ranks_are_those_of_one_process(on_ranks, fo
     assert on_ranks(run_first_epoch, 2, *flags, "--out", tmp_path / "two") == [7, 7]
     two = run(tmp_path / "two", *flags)
     assert 0 < (two - one).norm() < 1e-9 * (one[1] - one[0]).norm()  # two ranks add in another order
+
+
+def threads_ended():
+    """How many threads have ended after all groups are left."""
+    before = len(list(Path("/proc/self/task").iterdir()))
+    common.barrier()
+    common.leave_ranks()
+    return before - len(list(Path("/proc/self/task").iterdir()))
+
+
+def test_no_thread_of_a_group_is_left_to_abort_the_exit(on_ranks):
+    assert min(on_ranks(threads_ended, 2)) > 0
