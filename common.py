@@ -1353,8 +1353,8 @@ def start(args, script):
         check_compiler(device)
     torch.backends.cudnn.allow_tf32 = False
     if world() > 1 and not dist.is_initialized():
-        # NCCL's own ten minutes are too few where one rank writes, or reads its share of images, more slowly
-        dist.init_process_group(**group, timeout=timedelta(hours=2))
+        # NCCL's ten minutes are too few if one rank reads its part of the images much more slowly than others
+        dist.init_process_group(**group, timeout=timedelta(hours=1))
     before = from_rank_0(lambda: saved_settings(Path(args.out)))
     args.precision = args.precision or before.get("precision") or default
     sides = [args.size or 224]
