@@ -1,5 +1,6 @@
 """The same numbers on 1, 2 and 4 real processes, each with rows of its own."""
 
+import time
 from argparse import Namespace
 from pathlib import Path
 from unittest.mock import patch
@@ -202,6 +203,20 @@ def test_steps_and_a_resume_on_other_ranks_are_those_of_one_process(on_ranks, fo
     assert on_ranks(run_first_epoch, 2, *flags, "--out", tmp_path / "two") == [7, 7]
     two = run(tmp_path / "two", *flags)
     assert 0 < (two - one).norm() < 1e-9 * (one[1] - one[0]).norm()  # two ranks add in another order
+
+
+def times_at_barrier():
+    """When this rank comes to a barrier, later ranks later, and when it goes on."""
+    common.cpu_group()  # whose making waits for all ranks, too
+    time.sleep(0.3 * common.rank())
+    came = time.monotonic()
+    common.barrier()
+    return came, time.monotonic()
+
+
+def test_a_barrier_waits_for_every_rank(on_ranks):
+    came, went_on = zip(*on_ranks(times_at_barrier, 3), strict=True)
+    assert max(came) <= min(went_on)
 
 
 def threads_ended():
